@@ -1,0 +1,445 @@
+"""One typed tree for everything. Imports no torch, so that a typo costs milliseconds.
+
+Values come from the defaults here, then a YAML file, then `a.b=value` overrides (parsed as YAML). Unknown keys are
+refused with the nearest valid one; what can be checked without loading a model is checked in `load`.
+The docstring under a field is its documentation: `docs/config.md` is generated from this file.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sophiavl_fast.errors import UserError, nearest
+
+
+class Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Node):
+    dir: str = "runs/run"
+    """Folder of the run: config, metrics, samples, checkpoints, export, report."""
+    steps: int = 100
+    """Rollout steps (rl) or optimizer steps (sft)."""
+    seed: int = 0
+    """Every other seed derives from it and from (step, prompt id, i)."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of run.dir; never: start anew (refused when run.dir holds a run); or a checkpoint's path."""
+
+
+class Model(Node):
+    path: str = ""
+    """Hugging Face folder of the policy."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Weights and activations of policy and rollout engine; log-probs and losses are fp32 always."""
+    min_pixels: int | None = None
+    """Smallest image area after resizing; null: the processor's own."""
+    max_pixels: int | None = None
+    """Largest image area after resizing; null: the processor's own."""
+    freeze_vision: bool = False
+    """Keep the vision tower fixed; its weights are then transferred once only."""
+
+
+class Data(Node):
+    registry: str = ""
+    """Registry file in the form of dataset_info.json; "" for the packaged one."""
+    train: str | dict[str, float] = ""
+    """A dataset's name (a comma-separated list mixes by size), or name -> weight."""
+    eval: str = ""
+    """Held-out dataset; "" for none."""
+    check: Literal["full", "sample"] = "full"
+    """full: read every record and image before training; sample: 256 of them, the rest as they are read."""
+    on_error: Literal["refuse", "skip"] = "refuse"
+    """refuse: stop at the first bad record; skip: leave it out and count it in the metrics."""
+    templates: str = "sophia"
+    """Prompt template: a packaged name or a YAML file."""
+    max_prompt_tokens: int = 8192
+    """Longest prompt, image tokens included; longer ones count as bad records, they are never cut."""
+    workers: int = 2
+    """Threads that read, resize and patch images ahead of the trainer."""
+    shuffle: bool = True
+    """A new order each epoch, derived from run.seed."""
+
+
+class Rollout(Node):
+    engine: Literal["server", "inline"] = "server"
+    """server: vLLM in its own process group; inline: inside a single-process trainer."""
+    urls: list[str] = []
+    """Servers already running; empty: the trainer spawns one."""
+    n: int = 8
+    """Responses a prompt."""
+    prompts_per_step: int = 8
+    """Prompts a rollout step, over all replicas."""
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    """Enters the sampler and the ratio alike."""
+    staleness: int = 0
+    """Steps that rollouts may run ahead of the policy."""
+    max_logprob_diff: float | None = None
+    """Stop when |trainer - engine| log-prob of a sampled token exceeds this; null: report only."""
+    transfer: Literal["auto", "inproc", "gloo", "nccl", "ipc"] = "auto"
+    """Weight transfer backend; auto chooses by topology."""
+    checksum: bool = False
+    """Compare a checksum of every tensor after each transfer."""
+    start_timeout_s: float = 300.0
+    request_timeout_s: float = 600.0
+    transfer_timeout_s: float = 120.0
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    """Longest prompt plus response that the engine holds; null: data.max_prompt_tokens + rollout.max_new_tokens, at most the model's own limit."""
+    gpu_memory_utilization: float = 0.4
+    tensor_parallel: int = 1
+    """Tensor-parallel size of each engine."""
+    port: int = 0
+    """Port of the spawned server on 127.0.0.1; 0: a free one."""
+
+
+class Algorithm(Node):
+    name: Literal["trust_grpo", "grpo"] = "trust_grpo"
+    """grpo ignores the thinking reward."""
+    kl_coef: float = 0.04
+    """Weight of the KL term to the frozen reference; 0 holds no reference at all."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    pre_clip: float | None = 10.0
+    """Clamp of the log-ratio to +-this before exp; null: none."""
+    variant: Literal["ppo", "cispo"] = "ppo"
+    ratio: Literal["token", "sequence"] = "token"
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    """Denominator of the loss, always global: tokens of the step, responses (mean per response first), or responses x rollout.max_new_tokens."""
+    entropy_coef: float = 0.0
+    normalize: Literal["std", "mean", "batch", "none"] = "std"
+    """Advantage: (r - mean) / std of the group; r - mean; batch-wide whitening; or r."""
+    sigma_filter: float | None = None
+    """With normalize=batch: advantages beyond this many sigmas become 0 (StableReinforce: 3)."""
+    mini_batches: int = 1
+    """Optimizer updates a rollout batch, each on a share of its groups."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    tis_cap: float | None = None
+    """Truncated importance sampling: cap of policy/rollout weights; null: off."""
+
+
+class Trust(Node):
+    mode: Literal["paper", "repo", "variance", "off"] = "paper"
+    alpha: float = 0.3
+    anneal: Literal["exp", "linear", "none"] = "exp"
+    anneal_steps: float | None = None
+    """T of the annealing; null: run.steps."""
+    uniform_groups: Literal["score", "center", "skip"] = "score"
+    """Groups whose outcomes are all equal: the paper's formula, centred only, or advantage 0."""
+    threshold: float = 0.5
+    """An outcome at or above it counts as correct."""
+
+
+class Thinking(Node):
+    backend: Literal["off", "local", "endpoint"] = "off"
+    path: str = ""
+    """Folder of the thinking reward model (backend local)."""
+    url: str = ""
+    """OpenAI-compatible base URL or full chat/completions URL (backend endpoint); OPENAI_API_URL where empty."""
+    model: str = ""
+    """Served model name; REWARD_MODEL where empty."""
+    template: str = "thinking_reward"
+    """Judge prompt: a packaged name or a YAML file."""
+    on_error: Literal["fail", "drop"] = "drop"
+    """fail: an unreachable endpoint stops the run; drop: its scores are NaN, counted in reward/unscored."""
+    quorum: float = 1.0
+    """Share of a group that must be scored for its thinking term to count."""
+    score: Literal["expected", "parse"] = "expected"
+    """expected: mean over the score tokens' distribution where the backend gives it; parse: the number in the reply."""
+    samples: int = 1
+    """Scores a response; trust.mode variance wants 3."""
+    concurrency: int = 32
+    timeout_s: float = 60.0
+    """Deadline of one call."""
+    batch_timeout_s: float = 300.0
+    """Deadline of one step's scoring."""
+    retries: int = 3
+    include_answer: bool = False
+    """Show the judge the answer too; the reasoning alone otherwise."""
+
+
+class Rewards(Node):
+    ocr: Literal["exp_wer", "neg_wer"] = "exp_wer"
+    """neg_wer is the paper's wording; it can never reach trust.threshold 0.5."""
+    format_gate: bool = True
+    """A response that breaks the format earns outcome 0."""
+    numeric_tolerance: float = 1e-6
+    """Relative tolerance of numerical answers."""
+    workers: int = 2
+    """Grader processes."""
+    timeout_s: float = 10.0
+    """A grader is killed after this long for one answer; the answer then counts as unreadable (0, counted in reward/grader_killed)."""
+    memory_mb: int = 2048
+
+
+class Optim(Node):
+    lr: float = 5e-7
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+
+class Parallel(Node):
+    tensor: int = 1
+    pipeline: int = 1
+    data: int | None = None
+    """Replicas; null: what is left of the world size."""
+    sequence: bool = False
+    """Sequence parallelism inside the tensor group."""
+
+
+class PolicyConf(Node):
+    share_prompt: bool = True
+    """Compute a group's prompt and images once; false packs every response with its own copy (the oracle)."""
+    tokens_per_row: int = 16384
+    """Token budget of a packed row (micro-batch); a group that is longer gets a row of its own."""
+    recompute: bool = False
+    """Recompute layers in the backward pass."""
+    offload_reference: bool = False
+    """Keep the reference on the CPU between uses."""
+    logprob_chunk: int = 1024
+    """Rows of logits held at once by the reference log-prob."""
+    control_timeout_s: float = 1800.0
+    """Deadline of waits on the control group."""
+
+
+class Sft(Node):
+    batch_size: int = 64
+    """Records an optimizer step, over all replicas."""
+    target: Literal["process", "solution"] = "process"
+    """process: the record's trace followed by its solution; solution: the solution alone."""
+
+
+class Eval(Node):
+    every: int = 0
+    """Evaluate before the first step, every this many steps, and after the last; 0: never."""
+    limit: int | None = None
+    """Records of data.eval used during training; null: all."""
+    max_new_tokens: int | None = None
+    """null: rollout.max_new_tokens."""
+    temperature: float = 0.0
+
+
+class Checkpoint(Node):
+    every: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+class Monitor(Node):
+    tensorboard: bool = True
+    wandb: bool = False
+    trackio: bool = False
+    progress: bool = True
+    samples: bool = True
+    """Write samples.jsonl."""
+
+
+class Debug(Node):
+    compare_hf: bool = False
+    """Recompute each step's log-probs with Hugging Face: debug/hf_logprob_diff_max."""
+    check_batches: bool = True
+    """Check contents of packed rows (boundaries, image tokens against features)."""
+
+
+class Config(Node):
+    """The whole tree. `recipe` names the loop in sophiavl_fast/recipes that runs it."""
+
+    recipe: Literal["rl", "sft"] = "rl"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    rollout: Rollout = Rollout()
+    algorithm: Algorithm = Algorithm()
+    trust: Trust = Trust()
+    thinking: Thinking = Thinking()
+    rewards: Rewards = Rewards()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    policy: PolicyConf = PolicyConf()
+    sft: Sft = Sft()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+    debug: Debug = Debug()
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] | None = None, world_size: int = 1) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides and the three environment variables, check, and return the tree.
+
+    A file may name a `base:` file (relative to itself) whose values it changes. Raises UserError, one line, for an
+    unreadable file, an unknown key, a value of the wrong kind or a combination that cannot run.
+    """
+    tree = _read(Path(path))
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq:
+            raise UserError(f"override '{item}': expected key=value, such as run.steps=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _set(tree, key.strip(), value, item)
+    config = build(tree, str(path))
+    _from_environment(config, os.environ if environ is None else environ)
+    check(config, world_size)
+    return config
+
+
+def build(tree: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dict against the tree; unknown keys name their nearest valid neighbour."""
+    _refuse_unknown(tree, Config, "", where)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(p) for p in first["loc"])
+        raise UserError(f"{where}: {key} = {first.get('input')!r}: {first['msg'].lower()}") from None
+
+
+def check(config: Config, world_size: int = 1) -> None:
+    """Everything that can be refused before a model loads. Raises UserError."""
+    c, p = config, config.parallel
+    for key in ("run.steps", "rollout.n", "rollout.prompts_per_step", "rollout.max_new_tokens", "parallel.tensor", "parallel.pipeline",
+                "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers"):
+        if _get(c, key) < 1:
+            raise UserError(f"{key} = {_get(c, key)}: must be at least 1")
+    for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
+        if not (_get(c, key) > 0 or (key == "trust.alpha" and c.trust.alpha == 0)):
+            raise UserError(f"{key} = {_get(c, key)}: must be greater than 0")
+    if not 0 < c.thinking.quorum <= 1:
+        raise UserError(f"thinking.quorum = {c.thinking.quorum}: must lie in (0, 1]")
+    model_parallel = p.tensor * p.pipeline
+    if world_size % model_parallel:
+        raise UserError(f"parallel.tensor x parallel.pipeline = {model_parallel} does not divide the {world_size} processes that torchrun started")
+    replicas = world_size // model_parallel
+    if p.data is not None and p.data != replicas:
+        raise UserError(f"parallel.data = {p.data}, but {world_size} processes / (tensor {p.tensor} x pipeline {p.pipeline}) leave {replicas}")
+    if p.sequence and p.tensor == 1:
+        raise UserError("parallel.sequence: true needs parallel.tensor > 1")
+    if c.recipe == "rl":
+        _check_rl(c, replicas, world_size)
+    elif c.sft.batch_size % replicas:
+        raise UserError(f"sft.batch_size = {c.sft.batch_size} does not divide over {replicas} data-parallel replicas")
+    if not c.model.path:
+        raise UserError("model.path is empty: name a Hugging Face folder")
+    if not c.data.train:
+        raise UserError("data.train is empty: name a dataset of the registry")
+
+
+def _check_rl(c: Config, replicas: int, world_size: int) -> None:
+    prompts = c.rollout.prompts_per_step
+    if prompts % replicas:
+        raise UserError(f"rollout.prompts_per_step = {prompts} does not divide over {replicas} data-parallel replicas")
+    if prompts % c.algorithm.mini_batches:
+        raise UserError(f"rollout.prompts_per_step = {prompts} does not divide into algorithm.mini_batches = {c.algorithm.mini_batches}")
+    if c.rollout.engine == "inline":
+        if world_size > 1:
+            raise UserError("rollout.engine: inline holds the engine in a single-process trainer; use server with several processes")
+        if c.rollout.urls:
+            raise UserError("rollout.urls is set, but rollout.engine is inline; use rollout.engine=server")
+        if c.rollout.transfer not in ("auto", "inproc"):
+            raise UserError(f"rollout.transfer = {c.rollout.transfer} needs rollout.engine: server; inline uses inproc")
+    elif c.rollout.transfer == "inproc":
+        raise UserError("rollout.transfer = inproc needs rollout.engine: inline")
+    if c.rollout.staleness:
+        raise UserError(f"rollout.staleness = {c.rollout.staleness}: only 0 is supported in this version")
+    if c.algorithm.sigma_filter is not None and c.algorithm.normalize != "batch":
+        raise UserError("algorithm.sigma_filter needs algorithm.normalize: batch")
+    if c.thinking.backend == "local" and not c.thinking.path:
+        raise UserError("thinking.backend: local needs thinking.path, the folder of the thinking reward model")
+    if c.thinking.backend == "endpoint" and not c.thinking.url:
+        raise UserError("thinking.backend: endpoint needs thinking.url (or OPENAI_API_URL)")
+    if c.thinking.backend == "endpoint" and not c.thinking.model:
+        raise UserError("thinking.backend: endpoint needs thinking.model (or REWARD_MODEL)")
+    if c.trust.mode == "variance" and c.thinking.backend != "off" and c.thinking.samples < 2:
+        raise UserError(f"trust.mode: variance needs thinking.samples > 1 (it is {c.thinking.samples})")
+    if c.eval.every and not c.data.eval:
+        raise UserError("eval.every is set, but data.eval names no dataset")
+
+
+def dump(config: Config) -> str:
+    """The resolved tree as YAML (no secrets: keys live in the environment only)."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"config file '{path}' does not exist{nearest(str(path), [str(p) for p in path.parent.glob('*.yaml')])}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file '{path}' cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree or {}, dict):
+        raise UserError(f"config file '{path}' must hold a mapping, not {type(tree).__name__}")
+    tree = tree or {}
+    base = tree.pop("base", None)
+    return _merge(_read(path.parent / base), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        whole = key == "train" or not isinstance(value, dict) or not isinstance(out.get(key), dict)
+        out[key] = value if whole else _merge(out[key], value)
+    return out
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, item: str) -> None:
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override '{item}': '{part}' is a value, not a section")
+    node[last] = value
+
+
+def _get(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _refuse_unknown(tree: dict[str, Any], node: type[BaseModel], prefix: str, where: str) -> None:
+    for key, value in tree.items():
+        if key not in node.model_fields:
+            raise UserError(f"{where}: unknown key '{prefix}{key}'{nearest(f'{prefix}{key}', _neighbours(node, prefix, key))}")
+        inner = node.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: '{prefix}{key}' is a section; set one of {', '.join(inner.model_fields)}")
+            _refuse_unknown(value, inner, f"{prefix}{key}.", where)
+
+
+def _neighbours(node: type[BaseModel], prefix: str, key: str) -> list[str]:
+    """Siblings first; the whole tree's keys where the same name exists elsewhere."""
+    elsewhere = [f"{s}.{k}" for s, f in Config.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel)
+                 for k in f.annotation.model_fields if k == key]
+    return elsewhere or [f"{prefix}{k}" for k in node.model_fields]
+
+
+def _from_environment(config: Config, environ: Mapping[str, str]) -> None:
+    """SophiaVL-R1's variables, where the config is silent. OPENAI_API_KEY is read by the client and never stored."""
+    if config.thinking.backend == "endpoint":
+        config.thinking.url = config.thinking.url or environ.get("OPENAI_API_URL", "")
+        config.thinking.model = config.thinking.model or environ.get("REWARD_MODEL", "")

@@ -30,6 +30,8 @@ class Run(Node):
     """Every other seed derives from it and from (step, prompt id, i)."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of run.dir; never: start anew (refused when run.dir holds a run); or a checkpoint's path."""
+    export: str | None = None
+    """Folder of the final Hugging Face export; null: run.dir/hf."""
 
 
 class Model(Node):

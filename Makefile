@@ -1,0 +1,43 @@
+# Everything from a fresh clone: `make demo` and `make test` install what they need by themselves.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := $(PY) -m sophiavl_fast
+STAMP := $(VENV)/.installed
+SEED ?= 0
+DEVICE ?= cpu
+# the default seed owns the plain names; other seeds get folders of their own
+SUFFIX := $(if $(filter-out 0,$(SEED)),-s$(SEED),)
+DEMO_RUN := runs/demo$(SUFFIX)
+DEMO_DATA := data/demo$(SUFFIX)
+DEMO_MODEL := models/demo$(SUFFIX)
+DEMO_SET := run.seed=$(SEED) device=$(DEVICE) data.registry=$(DEMO_DATA)/dataset_info.json
+
+.PHONY: install demo test test-all lint clean-demo
+install: $(STAMP)
+
+$(STAMP): requirements/cpu.txt pyproject.toml setup.py scripts/install_cpu.sh
+	bash scripts/install_cpu.sh $(VENV)
+	touch $@
+
+# data and a random tiny model -> warm start -> thinking reward model -> Trust-GRPO -> the before/after table
+demo: $(STAMP)
+	$(PY) -m sophiavl_fast.data.demo --out $(DEMO_DATA) --model $(DEMO_MODEL)-init --seed $(SEED)
+	$(RUN) train configs/demo_warmup.yaml $(DEMO_SET) run.dir=runs/demo_warmup$(SUFFIX) run.export=$(DEMO_MODEL) model.path=$(DEMO_MODEL)-init
+	$(RUN) train configs/demo_judge.yaml $(DEMO_SET) run.dir=runs/demo_judge$(SUFFIX) run.export=$(DEMO_MODEL)-judge model.path=$(DEMO_MODEL)
+	$(RUN) train configs/demo.yaml $(DEMO_SET) run.dir=$(DEMO_RUN) model.path=$(DEMO_MODEL) thinking.path=$(DEMO_MODEL)-judge
+
+# what a person runs before a commit
+test: $(STAMP)
+	$(PY) -m pytest -m "not slow and not kill" tests
+
+# everything: layouts, kills, long runs
+test-all: $(STAMP)
+	$(PY) -m pytest tests
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check sophiavl_fast kernels tests benchmarks
+	$(VENV)/bin/mypy
+
+clean-demo:
+	rm -rf runs/demo$(SUFFIX) runs/demo_warmup$(SUFFIX) runs/demo_judge$(SUFFIX) $(DEMO_DATA) $(DEMO_MODEL) $(DEMO_MODEL)-init $(DEMO_MODEL)-judge

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Build the locked CPU environment in the folder given (default .venv). Safe to run again.
+set -euo pipefail
+venv=${1:-.venv}
+here=$(cd "$(dirname "$0")/.." && pwd)
+torch_cpu=2.13.0+cpu
+torch_index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+
+usable() { "$1" -c 'import sys, venv; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 12)))' >/dev/null 2>&1; }
+python=""
+for candidate in "${PYTHON:-python3.11}" python3.11 python3 python3.12 python; do
+    if usable "$candidate"; then python=$candidate; break; fi
+done
+if [ -z "$python" ]; then
+    echo "install: no Python 3.11 or 3.12 found; set PYTHON=/path/to/python3.11" >&2
+    exit 2
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+quietly() {  # pip's warnings are only worth reading when something failed
+    if ! "$@" >"$log" 2>&1; then tail -n 25 "$log" >&2; echo "install: failed: $*" >&2; exit 1; fi
+}
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-deps -q)
+echo "install: $("$venv/bin/python" -V) in $venv; about 3.4 GB, one to five minutes"
+# CPU torch first, from wherever pip is set up to find it, else from PyTorch's own CPU index; the lock then finds it satisfied
+if ! "${pip[@]}" "torch==$torch_cpu" >"$log" 2>&1; then
+    quietly "${pip[@]}" --index-url "$torch_index" "torch==$torch_cpu"
+fi
+quietly "${pip[@]}" -r "$here/requirements/cpu.txt"
+quietly "${pip[@]}" --no-build-isolation -e "$here"
+"$venv/bin/python" -c 'import sophiavl_fast, torch; print("install: ready, torch", torch.__version__)'

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -431,6 +431,8 @@ def _refuse_unknown(tree: dict[str, Any], node: type[BaseModel], prefix: str, wh
             if not isinstance(value, dict):
                 raise UserError(f"{where}: '{prefix}{key}' is a section; set one of {', '.join(inner.model_fields)}")
             _refuse_unknown(value, inner, f"{prefix}{key}.", where)
+        elif value is False and "off" in get_args(inner):
+            tree[key] = "off"  # YAML reads an unquoted off as false
 
 
 def _neighbours(node: type[BaseModel], prefix: str, key: str) -> list[str]:

@@ -1,0 +1,89 @@
+"""The config tree: every shipped file loads, unknown keys name their neighbour, impossible combinations are refused in one line."""
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sophiavl_fast import config
+from sophiavl_fast.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WORLD = {"trust_grpo_qwen2_5_vl_3b.yaml": 1, "trust_grpo_repo.yaml": 8, "trust_grpo_qwen2_5_vl_7b.yaml": 8}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_shipped_config_loads(path):
+    tree = config.load(path, world_size=8 if path.parent.name == "ablations" else WORLD.get(path.name, 1))
+    assert config.build(yaml.safe_load(config.dump(tree))) == tree  # the resolved file reads back as the same tree
+
+
+def test_paper_config_says_what_the_paper_says():
+    c = config.load(CONFIGS / "trust_grpo_qwen2_5_vl_7b.yaml", world_size=8)
+    assert (c.rollout.prompts_per_step, c.rollout.n, c.run.steps) == (8, 8, 1500)
+    assert (c.trust.alpha, c.trust.mode, c.trust.anneal, c.algorithm.kl_coef, c.optim.lr) == (0.3, "paper", "exp", 0.04, 5e-7)
+    assert (c.data.max_prompt_tokens, c.rollout.max_new_tokens, c.model.freeze_vision) == (8192, 1024, False)
+    assert (c.model.min_pixels, c.model.max_pixels) == (262144, 4194304)
+
+
+def write(tmp_path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+GOOD = "model: {path: m}\ndata: {train: d}\n"
+
+
+@pytest.mark.parametrize("text,overrides,expected", [
+    ("rollot: {n: 2}", [], "unknown key 'rollot'; did you mean 'rollout'?"),
+    (GOOD, ["rollout.promts_per_step=4"], "unknown key 'rollout.promts_per_step'; did you mean 'rollout.prompts_per_step'?"),
+    (GOOD, ["lr=1"], "valid: optim.lr"),
+    (GOOD, ["run=3"], "'run' is a section"),
+    (GOOD, ["run.steps"], "expected key=value"),
+    (GOOD, ["run.steps=ten"], "run.steps = 'ten'"),
+    (GOOD, ["run.steps=0"], "run.steps = 0: must be at least 1"),
+    (GOOD, ["trust.mode=papr"], "trust.mode = 'papr'"),
+    (GOOD, ["rollout.prompts_per_step=6", "algorithm.mini_batches=4"], "does not divide into algorithm.mini_batches = 4"),
+    (GOOD, ["parallel.tensor=2"], "does not divide the 1 processes"),
+    (GOOD, ["parallel.data=3"], "parallel.data = 3"),
+    (GOOD, ["parallel.sequence=true"], "needs parallel.tensor > 1"),
+    (GOOD, ["rollout.engine=inline", "rollout.urls=[http://127.0.0.1:8000]"], "rollout.urls is set"),
+    (GOOD, ["rollout.engine=inline", "rollout.transfer=gloo"], "inline uses inproc"),
+    (GOOD, ["thinking.backend=local"], "needs thinking.path"),
+    (GOOD, ["thinking.backend=endpoint"], "OPENAI_API_URL"),
+    (GOOD, ["thinking.quorum=0"], "thinking.quorum = 0"),
+    (GOOD, ["algorithm.sigma_filter=3"], "needs algorithm.normalize: batch"),
+    (GOOD, ["eval.every=5"], "data.eval names no dataset"),
+    ("data: {train: d}", [], "model.path is empty"),
+    ("model: {path: m}", [], "data.train is empty"),
+    ("- 1", [], "must hold a mapping"),
+    ("a: [", [], "is not YAML"),
+])
+def test_bad_input_is_one_line(tmp_path, text, overrides, expected):
+    with pytest.raises(UserError) as error:
+        config.load(write(tmp_path, text), overrides, environ={})
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file_names_a_neighbour(tmp_path):
+    write(tmp_path, GOOD)
+    with pytest.raises(UserError, match="did you mean '.*c.yaml'"):
+        config.load(tmp_path / "d.yaml")
+
+
+def test_environment_speaks_only_where_the_config_is_silent(tmp_path):
+    environ = {"OPENAI_API_URL": "http://h/v1", "REWARD_MODEL": "judge", "OPENAI_API_KEY": "secret"}
+    c = config.load(write(tmp_path, GOOD), ["thinking.backend=endpoint", "thinking.model=mine"], environ=environ)
+    assert (c.thinking.url, c.thinking.model) == ("http://h/v1", "mine")
+    assert "secret" not in config.dump(c)
+
+
+def test_a_base_file_is_changed_key_by_key(tmp_path):
+    (tmp_path / "base.yaml").write_text(GOOD + "rollout: {n: 4, temperature: 0.7}\n")
+    c = config.load(write(tmp_path, "base: base.yaml\nrollout: {n: 2}\ndata: {train: {a: 1, b: 3}}\n"))
+    assert (c.rollout.n, c.rollout.temperature, c.data.train) == (2, 0.7, {"a": 1.0, "b": 3.0})
+
+
+def test_an_unquoted_off_means_off(tmp_path):
+    c = config.load(write(tmp_path, GOOD + "trust: {mode: off}\n"), ["thinking.backend=off"])
+    assert (c.trust.mode, c.thinking.backend) == ("off", "off")

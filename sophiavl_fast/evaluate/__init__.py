@@ -1,0 +1,1 @@
+"""Accuracy on held-out data, and single questions."""

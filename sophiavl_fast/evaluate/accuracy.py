@@ -1,0 +1,87 @@
+"""Exact-match accuracy and sound reasoning, as a whole and by problem type.
+
+An answer is right when the format holds and its text equals the gold answer: graded as in training for numerical and
+multiple-choice questions (0/1 there), by equality of the normalised text for the graded types (OCR, free-form, text),
+whose training rewards are partial.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from sophiavl_fast.config import Rewards as RewardsConfig
+from sophiavl_fast.rewards.format import parse
+from sophiavl_fast.rewards.outcome import OutcomeScorer
+from sophiavl_fast.types import Group, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One held-out answer: right or not, its reasoning sound or not (None: no rule for this record)."""
+
+    id: str
+    problem_type: str
+    question: str
+    gold: str
+    response: str
+    right: bool
+    sound: bool | None
+    tokens: int
+    truncated: bool
+
+
+def judge(groups: list[Group], rewards: RewardsConfig) -> list[Judgement]:
+    """Judge every response of every group."""
+    with OutcomeScorer(rewards) as scorer:
+        graded = iter(scorer.score(groups).outcome.tolist())
+    out = []
+    for group in groups:
+        prompt = group.prompt
+        for response in group.responses:
+            outcome, found = next(graded), parse(response.text)
+            exact = prompt.problem_type in ("numerical", "multiple_choice") and outcome >= 1.0
+            right = found.ok and (exact or normal(found.answer) == normal(prompt.gold))
+            out.append(Judgement(prompt.id, prompt.problem_type, prompt.question, prompt.gold, response.text, right, sound(prompt, response.text),
+                                 len(response.token_ids), response.finish_reason == "length"))
+    return out
+
+
+def metrics(judged: Iterable[Judgement]) -> dict[str, float]:
+    """eval/accuracy and eval/reasoning, each also as eval/<what>/<problem type>; reasoning only over records with a rule."""
+    judged = list(judged)
+    if not judged:
+        return {}
+    out = {"eval/count": len(judged), "eval/truncated": _mean(j.truncated for j in judged), "eval/length_mean": _mean(j.tokens for j in judged)}
+    for what, value in (("accuracy", lambda j: j.right), ("reasoning", lambda j: j.sound)):
+        rows = [j for j in judged if value(j) is not None]
+        if rows:
+            out[f"eval/{what}"] = _mean(value(j) for j in rows)
+            for kind in sorted({j.problem_type for j in rows}):
+                out[f"eval/{what}/{kind}"] = _mean(value(j) for j in rows if j.problem_type == kind)
+    return out
+
+
+def normal(text: str) -> str:
+    """Text for exact comparison: case, outer punctuation and runs of white space do not matter."""
+    return " ".join(text.casefold().strip(" .\n\t").split())
+
+
+def sound(prompt: Prompt, response: str) -> bool | None:
+    """Whether every line of the reasoning holds, by the rule that the record names in `reasoning_check`; None without one."""
+    rule = prompt.record.get("reasoning_check")
+    return None if rule is None else _rule(rule)(prompt.record, response)
+
+
+@cache
+def _rule(name: str) -> Callable[[dict, str], bool]:
+    if name == "demo_digits":
+        from sophiavl_fast.data.demo import soundness
+
+        return lambda record, response: soundness.check(record, response).sound
+    return lambda record, response: None  # a rule this version does not know counts as none
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

@@ -1,0 +1,1 @@
+"""One readable loop a file, top to bottom like the paper."""

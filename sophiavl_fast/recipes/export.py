@@ -1,0 +1,26 @@
+"""`export CHECKPOINT OUT`: a checkpoint as a Hugging Face folder."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sophiavl_fast import config as tree
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.policy import Policy, checkpoint
+
+
+def export(folder: Path, out: Path) -> int:
+    """Rebuild the policy that the checkpoint describes, load it and write `out`; returns the exit code."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists and is not an empty folder")
+    state = checkpoint.read_state(folder)
+    config = tree.build(state["config"], str(folder))
+    config.parallel = tree.Parallel()
+    policy = Policy.create(config, reference=False, total_steps=1)
+    try:
+        checkpoint.load(policy, folder, optimizer=False)
+        policy.export(out)
+    finally:
+        policy.close()
+    print(json.dumps({"step": state["step"], "out": str(out)}))
+    return 0

@@ -1,0 +1,70 @@
+"""What recipes share around their loops: where to resume, how many updates, what a checkpoint's state holds."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophiavl_fast import types
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.policy import checkpoint
+
+
+def resume_point(config: Config) -> Path | None:
+    """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured."""
+    run_dir, wish = Path(config.run.dir), config.run.resume
+    if wish == "never":
+        if (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"run.dir '{run_dir}' holds a run already; use run.resume=auto to go on or another run.dir")
+        return None
+    if wish == "auto":
+        return checkpoint.newest(run_dir)
+    if not Path(wish).is_dir():
+        raise UserError(f"run.resume = '{wish}' is neither auto, never nor a checkpoint folder")
+    return Path(wish)
+
+
+def updates(config: Config) -> int:
+    """Optimizer updates of the whole run: what the learning-rate schedule spans."""
+    return config.run.steps * (config.algorithm.mini_batches * config.algorithm.epochs if config.recipe == "rl" else 1)
+
+
+def state(config: Config, step: int, loader: Any) -> dict[str, Any]:
+    """What a checkpoint keeps beside the policy: JSON values only. `config` lets `export` rebuild the policy."""
+    return {"step": step, "total_steps": config.run.steps, "seed": config.run.seed, "loader": loader.state(), "config": config.model_dump()}
+
+
+def restore(config: Config, policy: Any, loader: Any, found: Path | None) -> int | None:
+    """Load a checkpoint into policy and loader; returns its step, None for a new run.
+
+    T of the annealing stays what the run began with, so that a resumed run anneals as the uninterrupted one.
+    """
+    if found is None:
+        return None
+    kept = checkpoint.load(policy, found)
+    if kept["seed"] != config.run.seed:
+        raise UserError(f"run.seed = {config.run.seed}, but checkpoint '{found}' was made with {kept['seed']}; set run.seed={kept['seed']} or another run.dir")
+    loader.load_state(kept["loader"])
+    if config.trust.anneal_steps is None:
+        config.trust.anneal_steps = float(kept["config"]["trust"]["anneal_steps"] or kept["total_steps"])
+    return int(kept["step"])
+
+
+def checkpoint_due(config: Config, step: int) -> bool:
+    """At every checkpoint.every steps, and at the end."""
+    return step == config.run.steps or (bool(config.checkpoint.every) and step % config.checkpoint.every == 0)
+
+
+def split(groups: list[types.Group], advantages: torch.Tensor, parts: int) -> list[tuple[list[types.Group], torch.Tensor]]:
+    """Cut a rollout batch into `parts` runs of whole groups with their advantages [B]."""
+    if len(groups) % parts:
+        raise UserError(f"{len(groups)} groups of a replica do not divide into algorithm.mini_batches = {parts}")
+    size, out, row = len(groups) // parts, [], 0
+    for first in range(0, len(groups), size):
+        share = groups[first:first + size]
+        rows = sum(len(g.responses) for g in share)
+        out.append((share, advantages[row:row + rows]))
+        row += rows
+    return out

@@ -1,0 +1,77 @@
+"""Log-prob (and entropy) of target tokens straight from hidden states and the output projection."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .checks import FLOATS, INTEGERS, expect, expect_tensor, reads_contents
+from .dispatch import implementation
+from .vocabulary import IGNORE, Shard
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
+    active: Tensor | None = None,
+    main_grad: Tensor | None = None,
+    backend: str = "auto",
+    chunk: int = 1024,
+    debug: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax((hidden @ weight.T + bias) / temperature)[target], without ever holding [T, V].
+
+    hidden      [T, H] fp32, bf16 or fp16 (fp64 computes in fp64: for oracles)
+    weight      [V/tp, H], hidden's dtype: this rank's rows of the output projection, equal shards in rank order
+    target      [T] int64 or int32 global token ids; -100 gives 0 and no gradient, whatever the row holds
+    bias        [V/tp]; -inf bans a token. Added before the division by the temperature, as samplers do
+    temperature float, or a 0-d tensor on the device
+    entropy     also return the entropy (nats) of each row's distribution
+    vocab_size  the true vocabulary: rows from there on are padding and never enter
+    group       tensor-parallel group; one all-gather of four floats a token
+    active      [A] int64 rows that need a gradient, where the caller knows; the others get none
+    main_grad   [V/tp, H] fp32: the weight's gradient is added to it and autograd gets none for the weight
+    chunk       rows of logits that the reference backend holds at once (more where the vocabulary is tiny)
+    debug       read contents (targets in range) on a GPU too, at the cost of a sync
+
+    Returns (logprob [T], entropy [T] or None), fp32. Differentiable in hidden, weight and bias; under tensor
+    parallelism hidden's gradient is this rank's part, to be summed once over the group by the caller.
+    Raises ValueError naming the argument, its value and what was expected.
+    """
+    expect_tensor("hidden", hidden, ("T", "H"), FLOATS, hidden.device)
+    device, (rows, width) = hidden.device, hidden.shape
+    expect_tensor("weight", weight, ("V/tp", width), (hidden.dtype,), device)
+    expect_tensor("target", target, (rows,), INTEGERS, device)
+    if bias is not None:
+        expect_tensor("bias", bias, (weight.shape[0],), FLOATS, device)
+    if main_grad is not None:
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        expect_tensor("main_grad", main_grad, weight.shape, (wide,), device)
+    if active is not None:
+        expect_tensor("active", active, ("A",), (torch.int64,), device)
+    shard = Shard.of(weight.shape[0], vocab_size, group)
+    check_common(temperature, target, shard, chunk, debug)
+    if active is not None and active.numel() and reads_contents(active, debug):
+        expect(active.min().item() >= 0 and active.max().item() < rows, "active", active.tolist(), f"rows in [0, {rows})")
+    run = implementation("linear_logprob", backend, device)
+    return run(hidden, weight, target, shard, bias=bias, temperature=temperature, entropy=entropy, active=active, main_grad=main_grad, chunk=chunk)
+
+
+def check_common(temperature: float | Tensor, target: Tensor, shard: Shard, chunk: int, debug: bool) -> None:
+    """Checks that linear_logprob and logits_logprob share."""
+    if isinstance(temperature, Tensor):
+        expect(temperature.dim() == 0, "temperature", f"a tensor of shape {list(temperature.shape)}", "a float or a 0-d tensor")
+        expect(temperature.device == target.device, "temperature", f"a tensor on {temperature.device}", f"device {target.device}")
+    if not isinstance(temperature, Tensor) or reads_contents(temperature, debug):
+        expect(float(temperature) > 0, "temperature", float(temperature), "a value above 0")
+    expect(chunk >= 1, "chunk", chunk, "at least 1")
+    if target.numel() and reads_contents(target, debug):
+        wrong = target[((target < 0) | (target >= shard.vocab_size)) & (target != IGNORE)]
+        expect(not wrong.numel(), "target", wrong[:1].tolist(), f"ids in [0, {shard.vocab_size}), or {IGNORE}")

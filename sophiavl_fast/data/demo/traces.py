@@ -1,0 +1,116 @@
+"""Reasoning traces: sound ones, systematic slips, and lucky ones (the slip's lines, then the right answer).
+
+A slip is always the same for the same question: carries dropped, the first digit taken for the largest, the last digit
+lost, only the ends of the row looked at. Where slips are the majority of the warm start, the greedy answer is the slip
+and the sound one a living minority: that is what reinforcement learning can turn around. Random slips would average
+out, and the greedy answer would be right from the start.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sophiavl_fast.data.demo.questions import Question, trend
+
+SLIP_SHARE = 0.52   # of the questions that allow a slip: wrong lines, wrong answer
+LUCKY_SHARE = 0.12  # wrong lines, right answer
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Lines of reasoning and the answer given after them. `flavour`: sound, slip or lucky."""
+
+    lines: tuple[str, ...]
+    answer: str
+    flavour: str = "sound"
+
+    @property
+    def process(self) -> str:
+        return "<think>" + "\n".join(self.lines) + "</think>"
+
+    @property
+    def response(self) -> str:
+        return f"{self.process}<answer>{self.answer}</answer>"
+
+
+Solution = tuple[list[str], str]  # lines after the reading, answer in words
+
+
+def lines(digits: Sequence[int], solution: Solution) -> tuple[str, ...]:
+    """The reading of the row, then the solution's own lines."""
+    return " ".join(map(str, digits)), *solution[0]
+
+
+def _adding(digits: Sequence[int], carry: bool) -> Solution:
+    total, steps = digits[0], []
+    for digit in digits[1:]:
+        result = total + digit if carry else (total + digit) % 10
+        steps.append(f"{total}+{digit}={result}")
+        total = result
+    return steps, str(total)
+
+
+def _spread(high: int, low: int) -> Solution:
+    return [f"{high}-{low}={high - low}"], str(high - low)
+
+
+def _range(high: int, low: int) -> Solution:
+    return [f"min {low}", f"max {high}"], f"from {low} to {high}"
+
+
+def _reading(digits: Sequence[int]) -> Solution:
+    return [f"{len(digits)} digits"], " ".join(map(str, digits))
+
+
+def _trend(digits: Sequence[int]) -> Solution:
+    return [f"{a}{'<' if a < b else '>' if a > b else '='}{b}" for a, b in pairwise(digits)], trend(digits)
+
+
+def _ends(digits: Sequence[int]) -> tuple[int, int]:
+    return max(digits[0], digits[-1]), min(digits[0], digits[-1])
+
+
+# kind -> (the sound way, the slip)
+WAYS: dict[str, tuple[Callable[[Sequence[int]], Solution], Callable[[Sequence[int]], Solution]]] = {
+    "sum": (lambda d: _adding(d, True), lambda d: _adding(d, False)),
+    "add": (lambda d: _adding(d, True), lambda d: _adding(d, False)),
+    "spread": (lambda d: _spread(max(d), min(d)), lambda d: _spread(*_ends(d))),
+    "largest": (lambda d: ([f"max {max(d)}"], str(max(d))), lambda d: ([f"max {d[0]}"], str(d[0]))),
+    "smallest": (lambda d: ([f"min {min(d)}"], str(min(d))), lambda d: ([f"min {d[0]}"], str(d[0]))),
+    "read": (_reading, lambda d: _reading(d[:-1])),
+    "range": (lambda d: _range(max(d), min(d)), lambda d: _range(*_ends(d))),
+    "trend": (_trend, lambda d: _trend(d[:2])),
+}
+
+
+def sound(question: Question) -> Trace:
+    """The reading of the row, then every step, each of them right."""
+    return _trace(question, WAYS[question.kind][0](question.digits), "sound")
+
+
+def slip(question: Question) -> Trace | None:
+    """The systematic slip; None where it would not show, such as a dropped carry in 2+3."""
+    wrong = _trace(question, WAYS[question.kind][1](question.digits), "slip")
+    return wrong if wrong.answer != question.answer else None
+
+
+def lucky(question: Question) -> Trace | None:
+    """The slip's lines followed by the right answer all the same; None where there is no slip."""
+    wrong = slip(question)
+    return wrong and Trace(wrong.lines, question.answer, "lucky")
+
+
+def draw(question: Question, rng: random.Random) -> Trace:
+    """A trace of the warm start: mostly slips, some lucky ones, the rest sound."""
+    luck = rng.random()
+    if luck < SLIP_SHARE:
+        return slip(question) or sound(question)
+    if luck < SLIP_SHARE + LUCKY_SHARE:
+        return lucky(question) or sound(question)
+    return sound(question)
+
+
+def _trace(question: Question, solution: Solution, flavour: str) -> Trace:
+    return Trace(lines(question.digits, solution), question.answer_for(solution[1]), flavour)

@@ -1,0 +1,81 @@
+"""Live dashboards beside metrics.jsonl: TensorBoard by default, Weights & Biases and Trackio when installed."""
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import UserError
+
+PROJECT = "sophiavl-fast"
+
+
+class Logger(Protocol):
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files under `run_dir/tensorboard`; steps that a resumed run repeats are purged."""
+
+    def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        first = 0 if resume_step is None else resume_step + 1
+        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first, flush_secs=10)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """One Weights & Biases run a folder. Our own step is the axis, for its history cannot go back when a run is resumed."""
+
+    def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
+        module = _import("wandb", "wandb")
+        self._run = module.init(project=PROJECT, name=run_dir.name, id=_run_id(run_dir), resume="allow", dir=str(run_dir), config=config.model_dump())
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """One Trackio run a folder."""
+
+    def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
+        module = _import("trackio", "trackio")
+        self._run = module.init(project=PROJECT, name=f"{run_dir.name}-{_run_id(run_dir)}", resume="allow", config=config.model_dump())
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_loggers(run_dir: Path, config: Config, resume_step: int | None) -> list[Logger]:
+    """The loggers that `monitor.*` asks for. Raises UserError for one that is not installed."""
+    chosen = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+    return [kind(run_dir, config, resume_step) for name, kind in chosen.items() if getattr(config.monitor, name)]
+
+
+def _import(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"monitor.{name}: true, but {name} cannot be imported ({error}): pip install {name}, or set monitor.{name}=false") from None
+
+
+def _run_id(run_dir: Path) -> str:
+    """The same for a run and its resumption."""
+    return hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()

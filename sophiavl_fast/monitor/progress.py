@@ -1,0 +1,173 @@
+"""What the terminal shows while a run works: steps and time left, the current phase, the latest numbers.
+
+On a terminal a live display redraws itself; elsewhere (a log file, CI) one plain line a step.
+"""
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sophiavl_fast.monitor.numbers import clock, compact, sparkline
+
+# (metric, label) in the order of reading; only those that a step reports are shown
+SHOWN = (("reward/total", "reward"), ("reward/outcome", "outcome"), ("reward/thinking", "thinking"), ("trust/gamma", "gamma"),
+         ("loss", "loss"), ("eval/accuracy", "accuracy"), ("eval/reasoning", "reasoning"))
+RATES = (("rollout/tokens_per_s", "rollout"), ("train/tokens_per_s", "train"))
+
+
+@dataclass(slots=True)
+class Bar:
+    """Progress of one long piece of work; total None: not known."""
+
+    description: str
+    total: int | None = None
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+
+    def set(self, done: int, total: int | None = None) -> None:
+        self.done, self.total = done, total or self.total
+
+
+class Progress:
+    """Shows a run of `total` steps, `done` of which a checkpoint already holds. Silent unless `lead`."""
+
+    def __init__(self, title: str, total: int, *, done: int = 0, lead: bool = True, console: Console | None = None):
+        self.seconds: dict[str, float] = {}
+        """Seconds by phase since the last `step`; a phase entered twice adds up."""
+        self._title, self._total, self._done = title, total, done
+        self._lead = lead
+        self._console = console or Console()
+        self._phases: list[tuple[str, float]] = []
+        self._bars: list[Bar] = []
+        self._latest: dict[str, Any] = {}
+        self._rewards: deque[float] = deque(maxlen=32)
+        self._pace: deque[float] = deque(maxlen=20)
+        self._last_seconds: dict[str, float] = {}
+        self._step_began = time.monotonic()
+        self._live: Live | None = None
+        if lead and self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+            self._live.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step and show it as the current one. Phases may nest; each counts its whole time."""
+        began = time.monotonic()
+        if not self._pace and not self.seconds and not self._phases:
+            self._step_began = began  # what ran before the first phase was no step
+        self._phases.append((name, began))
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def times(self) -> dict[str, float]:
+        """The phases since the last `step` as metrics: `time/<phase>_s`, and `time/step_s` for the whole."""
+        return {**{f"time/{name}_s": s for name, s in self.seconds.items()}, "time/step_s": time.monotonic() - self._step_began}
+
+    @contextmanager
+    def bar(self, description: str, total: int | None = None) -> Iterator[Bar]:
+        """A bar for long work beside the steps: data check, engine start, evaluation. Elsewhere than on a terminal, one line at its end."""
+        bar = Bar(description, total)
+        self._bars.append(bar)
+        try:
+            yield bar
+        finally:
+            self._bars.remove(bar)
+        if self._live is None:
+            self.print(f"{description}{f' {bar.done:,}' if bar.done else ''} in {clock(time.monotonic() - bar.started)}")
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """A step is done: show its numbers, and start the times of the next one."""
+        now = time.monotonic()
+        if step > 0:
+            self._pace.append(now - self._step_began)
+        self._step_began, self._last_seconds, self.seconds = now, self.seconds, {}
+        self._done = step
+        self._latest |= {k: v for k, v in metrics.items() if v is not None}
+        if metrics.get("reward/total") is not None:
+            self._rewards.append(float(metrics["reward/total"]))
+        if self._live is None:
+            self.print(self._line(step, metrics))
+
+    def print(self, message: str) -> None:
+        """A line above the display."""
+        if self._lead:
+            self._console.print(Text(message), soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _left(self) -> float | None:
+        """Seconds to the end at the mean pace of the latest steps."""
+        return (self._total - self._done) * sum(self._pace) / len(self._pace) if self._pace else None
+
+    def _line(self, step: int, metrics: dict[str, Any]) -> str:
+        parts = [f"step {step}/{self._total}"]
+        parts += [f"{label} {compact(metrics[key])}" for key, label in SHOWN if metrics.get(key) is not None]
+        parts += [f"{label} {compact(metrics[key])} tokens/s" for key, label in RATES if metrics.get(key) is not None]
+        if self._last_seconds:
+            parts.append(_breakdown(self._last_seconds))
+        if (left := self._left()) is not None and step < self._total:
+            parts.append(f"{clock(left)} left")
+        return " · ".join(parts)
+
+    def _render(self) -> RenderableType:
+        rows: list[RenderableType] = [self._head()]
+        if self._latest:
+            rows += [self._numbers(), Text(f"  last step {_breakdown(self._last_seconds)}" if self._last_seconds else "", "dim")]
+        rows += [Text.assemble(("  " * (i + 1), ""), (name, "bold"), f"  {clock(time.monotonic() - began)}") for i, (name, began) in enumerate(self._phases)]
+        rows += [_bar_row(bar) for bar in tuple(self._bars)]
+        return Group(*rows)
+
+    def _head(self) -> RenderableType:
+        left = self._left()
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(Text(self._title, "bold"), ProgressBar(total=self._total, completed=self._done, width=36),
+                     Text(f"step {self._done}/{self._total}"), Text("" if left is None else f"{clock(left)} left", "cyan"))
+        return grid
+
+    def _numbers(self) -> RenderableType:
+        text = Text("  ")
+        for key, label in (*SHOWN, *((k, f"{n} tokens/s") for k, n in RATES)):
+            if key in self._latest:
+                text.append(f"{label} ", "dim").append(f"{compact(self._latest[key])}  ", "bold" if key.startswith("eval/") else "")
+            if key == "reward/total" and len(self._rewards) > 1:
+                text.append(f"{sparkline(self._rewards)}  ", "cyan")
+        return text
+
+
+def _breakdown(seconds: dict[str, float]) -> str:
+    return f"{sum(seconds.values()):.1f} s ({', '.join(f'{name} {s:.1f}' for name, s in seconds.items())})"
+
+
+def _bar_row(bar: Bar) -> RenderableType:
+    spent = time.monotonic() - bar.started
+    share = f"{bar.done:,}/{bar.total:,}" if bar.total else (f"{bar.done:,}" if bar.done else "")
+    left = f"{clock(spent * (bar.total - bar.done) / bar.done)} left" if bar.total and bar.done else clock(spent)
+    grid = Table.grid(padding=(0, 2))
+    line = ProgressBar(total=bar.total, completed=bar.done, pulse=not bar.total, width=28)
+    grid.add_row(Text(f"  {bar.description}"), line, Text(share, "dim"), Text(left, "cyan"))
+    return grid

@@ -28,7 +28,7 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
     config = tree.build({"model": {"path": model, "dtype": dtype}, "data": {"registry": registry, "eval": data, "templates": templates},
                          "rollout": {"engine": "inline", "max_new_tokens": max_new_tokens}, "eval": {"limit": limit}}, "evaluate")
     processor = Processor(model)
-    with Progress(config, title="evaluate") as progress:
+    with Progress("evaluate", 1) as progress:
         with progress.phase("data"):
             prompts = open_eval(config, processor)
         with progress.phase(engine):
@@ -48,7 +48,7 @@ def _vllm(config: tree.Config, processor: Processor, prompts: list[Prompt]) -> l
         rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
                                decode=processor.decode, device=device, run_dir=folder)
         stack.callback(rollout.close)
-        return rollout.generate(prompts, n=1, step=0, seed=0, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens)
+        return rollout.generate(prompts, n=1, step=0, seed=0, temperature=0.0, greedy=True, max_new_tokens=config.rollout.max_new_tokens)
 
 
 def _write(path: Path, content: dict) -> None:

@@ -11,7 +11,6 @@ Step 0 in the metrics is the evaluation before any update.
 """
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +49,9 @@ def train(config: Config) -> int:
     """Run the recipe to run.steps; returns the exit code. Goes on from the newest checkpoint unless run.resume says never."""
     run_dir = Path(config.run.dir)
     found = setup.resume_point(config)
-    progress = Progress(config, title="Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO")
+    title = "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"
     with ExitStack() as stack:
-        stack.enter_context(progress)
+        progress = stack.enter_context(Progress(title, config.run.steps, lead=setup.is_first_rank()))
         with progress.phase("data"):
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
@@ -63,7 +62,9 @@ def train(config: Config) -> int:
                                    reference=config.algorithm.kl_coef > 0, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
-        log = stack.enter_context(RunLog(run_dir, config, resume_step=done))
+        log = RunLog(run_dir, config, resume_step=done)
+        stack.callback(log.close)
+        setup.write_config(run_dir, config)
         if done is not None and done >= config.run.steps:
             summary.print_table(run_dir)
             return 0
@@ -96,25 +97,22 @@ def train(config: Config) -> int:
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     """One rollout step: its metrics and its rows of samples.jsonl."""
     config, policy, phase = rooms.config, rooms.policy, rooms.progress.phase
-    started = time.perf_counter()
-    with phase("rollout") as rollout_time:
+    with phase("rollout"):
         prompts = rooms.loader.next(config.rollout.prompts_per_step, replica=policy.replica, replicas=policy.replicas)
         groups = rooms.rollout.generate(prompts, n=config.rollout.n, step=step, seed=config.run.seed, temperature=config.rollout.temperature,
-                                        max_new_tokens=config.rollout.max_new_tokens, on_group=rooms.rewards.start)
-    with phase("reward") as reward_time:
+                                        max_new_tokens=config.rollout.max_new_tokens)
+    with phase("reward"):
         scores = rooms.rewards.score(groups)
     weighted, metrics = trust.advantages(scores, [len(g.responses) for g in groups], step - 1, config)
-    with phase("update") as update_time:
+    with phase("update"):
         metrics |= update(policy, groups, weighted.advantage, config, step)
-    with phase("transfer") as transfer_time:
+    with phase("transfer"):
         sent = rooms.rollout.send(policy, version=step)
+    times = rooms.progress.times()
     tokens = sum(len(r.token_ids) for g in groups for r in g.responses)
-    metrics |= samples.length_metrics(groups) | {f"transfer/{k}": v for k, v in sent.items()}
-    metrics |= {
-        "reward/grader_killed": scores.killed, "data/skipped": rooms.loader.skipped,
-        "rollout/tokens_per_s": tokens / rollout_time.seconds, "train/tokens_per_s": tokens / update_time.seconds,
-        "time/rollout_s": rollout_time.seconds, "time/reward_s": reward_time.seconds, "time/update_s": update_time.seconds,
-        "time/transfer_s": transfer_time.seconds, "time/step_s": time.perf_counter() - started, "mem/peak_gib": memory.peak_gib(),
+    metrics |= samples.length_metrics(groups) | {f"transfer/{k}": v for k, v in sent.items()} | times | {
+        "reward/grader_killed": scores.killed, "data/skipped": rooms.loader.skipped, "mem/peak_gib": memory.peak_gib(),
+        "rollout/tokens_per_s": tokens / times["time/rollout_s"], "train/tokens_per_s": tokens / times["time/update_s"],
     }
     return metrics, samples.rows(groups, scores, weighted, metrics, step)
 
@@ -158,5 +156,5 @@ def evaluate(rooms: Rooms) -> dict[str, float]:
     config = rooms.config
     with rooms.progress.phase("evaluate"):
         groups = rooms.rollout.generate(rooms.held_out, n=1, step=0, seed=config.run.seed, temperature=config.eval.temperature,
-                                        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+                                        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens, greedy=config.eval.temperature == 0)
         return accuracy.metrics(accuracy.judge(groups, config.rewards))

@@ -1,15 +1,28 @@
 """What recipes share around their loops: where to resume, how many updates, what a checkpoint's state holds."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sophiavl_fast import config as tree
 from sophiavl_fast import types
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run, known before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Keep the resolved tree beside the run's metrics."""
+    if is_first_rank():
+        (run_dir / "config.yaml").write_text(tree.dump(config))
 
 
 def resume_point(config: Config) -> Path | None:

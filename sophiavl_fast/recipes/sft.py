@@ -4,7 +4,6 @@ The loss is the mean negative log-likelihood over all response tokens of the ste
 """
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def train(config: Config) -> int:
     run_dir = Path(config.run.dir)
     found = setup.resume_point(config)
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(config, title="SFT"))
+        progress = stack.enter_context(Progress("SFT", config.run.steps, lead=setup.is_first_rank()))
         with progress.phase("data"):
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
@@ -33,7 +32,9 @@ def train(config: Config) -> int:
             policy = Policy.create(config, reference=False, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
-        log = stack.enter_context(RunLog(run_dir, config, resume_step=done))
+        log = RunLog(run_dir, config, resume_step=done)
+        stack.callback(log.close)
+        setup.write_config(run_dir, config)
         for step in range((done or 0) + 1, config.run.steps + 1):
             metrics = one_step(config, loader, processor, policy, progress)
             log.metrics(step, metrics)
@@ -49,17 +50,16 @@ def train(config: Config) -> int:
 
 def one_step(config: Config, loader: Loader, processor: Processor, policy: Policy, progress: Progress) -> dict[str, float]:
     """One optimizer step on sft.batch_size records; returns its metrics."""
-    started = time.perf_counter()
     with progress.phase("data"):
         prompts = loader.next(config.sft.batch_size, replica=policy.replica, replicas=policy.replicas)
         batches = policy.pack([as_group(p, processor, config.sft.target) for p in prompts], None)
-    with progress.phase("update") as update_time:
+    with progress.phase("update"):
         count = policy.sum_over_replicas(losses.token_count(batches))
         result = policy.update(batches, losses.sft_loss(count))
-    seconds = time.perf_counter() - started
-    return losses.sft_metrics(result.stats) | {
+    times = progress.times()
+    return losses.sft_metrics(result.stats) | times | {
         "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped,
-        "train/tokens_per_s": float(count) / seconds, "time/update_s": update_time.seconds, "time/step_s": seconds, "mem/peak_gib": memory.peak_gib(),
+        "train/tokens_per_s": float(count) / times["time/update_s"], "mem/peak_gib": memory.peak_gib(),
     }
 
 

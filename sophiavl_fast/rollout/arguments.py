@@ -1,0 +1,80 @@
+"""vLLM's engine arguments from the config, the same for the inline engine and the server."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.rollout.environment import engine_variables
+
+MAX_IMAGES = 16                  # a prompt; more is refused by name
+CPU_KV_CACHE_BYTES = 1 << 30     # VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
+
+
+def model_limit(path: str) -> int:
+    """The longest sequence the model folder allows; UserError where it has no readable config.json."""
+    file = Path(path) / "config.json"
+    try:
+        tree = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path '{path}': {file.name} cannot be read ({type(error).__name__})") from None
+    text = tree.get("text_config", tree)
+    return text.get("max_position_embeddings", tree.get("max_position_embeddings", 1 << 30))
+
+
+def max_model_len(config: Config) -> int:
+    """Prompt plus response that the engine holds."""
+    if config.rollout.max_model_len is not None:
+        return config.rollout.max_model_len
+    return min(config.data.max_prompt_tokens + config.rollout.max_new_tokens, model_limit(config.model.path))
+
+
+def engine_arguments(config: Config, device: str, backend: str) -> dict[str, Any]:
+    """Keyword arguments of vLLM's EngineArgs. backend: name of the weight transfer backend.
+
+    Sampling must be exactly the distribution that the trainer differentiates: processed log-probs (after bans and
+    temperature), and never the model folder's generation_config.
+    """
+    length, pixels = max_model_len(config), {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(config.model, k)) is not None}
+    runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", engine_variables(device)["VLLM_USE_V2_MODEL_RUNNER"])
+    arguments: dict[str, Any] = {
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed,
+        "max_model_len": length,
+        "max_num_seqs": config.rollout.max_num_seqs,
+        "max_num_batched_tokens": max(8192, length),
+        "tensor_parallel_size": config.rollout.tensor_parallel,
+        "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "logits_processors": [f"sophiavl_fast.rollout.bans:{'BansV1' if runner == '0' else 'BansV2'}"],
+        "worker_extension_cls": "sophiavl_fast.rollout.worker.EngineExtension",
+        "weight_transfer_config": {"backend": backend},
+    }
+    if pixels:
+        arguments["mm_processor_kwargs"] = pixels
+    if device == "cpu":
+        arguments |= {"enforce_eager": True}
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    else:
+        arguments["gpu_memory_utilization"] = config.rollout.gpu_memory_utilization
+    return arguments
+
+
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    """The same as command-line flags of vLLM's server."""
+    flags: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags

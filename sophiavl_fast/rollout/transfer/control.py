@@ -1,0 +1,51 @@
+"""What a weight transfer asks of an engine, whichever way the engine is reached."""
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from sophiavl_fast.rollout.transfer.source import Bucket
+
+
+class Control(Protocol):
+    """One engine's control plane. Every call has a deadline and raises EngineError naming engine and phase."""
+
+    name: str
+    """How errors call it: "inline engine", or the server's address."""
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call an EngineExtension method on every worker; one JSON-able result a worker."""
+        ...
+
+    def init_transfer(self, info: dict[str, Any]) -> None: ...
+
+    def start(self) -> None: ...
+
+    def update(self, info: dict[str, Any]) -> None: ...
+
+    def finish(self, label: str) -> None:
+        """Commit, and label what is sampled from now on (`<nonce>:<version>`)."""
+        ...
+
+    def reset_caches(self) -> None:
+        """Forget prefixes, processed images and encoder outputs: all three hold what the old weights computed."""
+        ...
+
+    def pause(self) -> None:
+        """Let requests in flight end and hold new ones back."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def workers(self) -> int:
+        """Worker processes of the engine (tensor x data parallel)."""
+        ...
+
+
+class Channel(Protocol):
+    """A backend's trainer side."""
+
+    def send(self, bucket: Bucket) -> None:
+        """Deliver the tensors to every engine and have them loaded before returning."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,81 @@
+"""Our half inside the engine's worker: whose engine it is, which weights it wants, what it got.
+
+vLLM mixes this class into its worker (`worker_extension_cls`); the trainer calls it by collective RPC. Importing the
+module also registers our weight transfer backends in the worker's process.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from sophiavl_fast.rollout.bans import set_banned
+from sophiavl_fast.rollout.transfer.checksum import checksum
+from sophiavl_fast.rollout.transfer.receivers import register
+from sophiavl_fast.rollout.transfer.source import checkpoint_names
+
+register()
+
+
+class EngineExtension:
+    """Methods of every worker; `self.model_runner` and `self.model_config` are the worker's own."""
+
+    def sophia_claim(self, nonce: str, banned_ids: list[int]) -> None:
+        """Serve the run with this nonce from now on, and never sample these ids."""
+        self._sophia_nonce = nonce
+        set_banned(banned_ids)
+
+    def sophia_unknown(self, names: list[str]) -> list[str]:
+        """Those of the names that the engine's own checkpoint does not hold."""
+        wanted = self._sophia_wanted()
+        return [n for n in names if self._sophia_canonical(n) not in wanted]
+
+    def sophia_begin(self, nonce: str, with_checksums: bool) -> None:
+        """Start recording every tensor that reaches the model; refused when the engine serves another run."""
+        if getattr(self, "_sophia_nonce", None) != nonce:
+            raise PermissionError("this engine serves another run now (its nonce differs)")
+        model = self.model_runner.get_model()
+        self._sophia_seen: dict[str, str] = {}
+        self._sophia_unfilled = {name for name, _ in model.named_parameters()}
+        model.__dict__.pop("load_weights", None)     # of an update that broke off
+        load = model.load_weights
+
+        def recording(weights: Iterable[tuple[str, Tensor]], *args, **kwargs):
+            loaded = load(self._sophia_record(weights, with_checksums), *args, **kwargs)
+            self._sophia_unfilled -= set(loaded or ())
+            return loaded
+
+        model.__dict__["load_weights"] = recording
+
+    def sophia_end(self) -> dict[str, object]:
+        """Stop recording. missing: checkpoint names that never came; unfilled: parameters that nothing was written to;
+        checksums: by name as sent."""
+        self.model_runner.get_model().__dict__.pop("load_weights", None)
+        got = {self._sophia_canonical(n) for n in self._sophia_seen}
+        missing = [name for key, name in self._sophia_wanted().items() if key not in got]
+        return {"missing": sorted(missing), "unfilled": sorted(self._sophia_unfilled), "checksums": self._sophia_seen}
+
+    def _sophia_record(self, weights: Iterable[tuple[str, Tensor]], with_checksums: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self._sophia_seen[name] = checksum(tensor) if with_checksums else ""
+            yield name, tensor
+
+    def _sophia_canonical(self, name: str) -> str:
+        """One spelling for the old and the new way in which transformers writes the same name.
+
+        Only prefixes are mapped: the mapper's fused names would make q, k and v of a layer one.
+        """
+        mapper = getattr(self.model_runner.get_model(), "hf_to_vllm_mapper", None)
+        for prefix, new in (mapper.orig_to_new_prefix.items() if mapper else ()):
+            if name.startswith(prefix):
+                return f"{new}{name[len(prefix):]}"
+        return name
+
+    def _sophia_wanted(self) -> dict[str, str]:
+        """canonical name -> name in the checkpoint folder that the engine was started from."""
+        if not hasattr(self, "_sophia_names"):
+            names = checkpoint_names(self.model_config.model)
+            if getattr(self.model_config.hf_config, "tie_word_embeddings", False):
+                names = [n for n in names if not n.endswith("lm_head.weight")]
+            self._sophia_names = {self._sophia_canonical(n): n for n in names}
+        return self._sophia_names

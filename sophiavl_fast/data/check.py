@@ -1,0 +1,129 @@
+"""What a dataset holds, and every record of it that cannot be used: before training, and for `data check NAME`."""
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sophiavl_fast.config import Data
+from sophiavl_fast.data import images
+from sophiavl_fast.data.dataset import BadRecord, Dataset
+from sophiavl_fast.data.processor import Processor
+from sophiavl_fast.errors import UserError
+
+SAMPLE = 256
+"""Records that data.check: sample reads of each dataset, evenly spaced."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """One dataset's check. `bad`: "file:line: reason" of each record that cannot be used, in order; `tokens` is empty without a processor."""
+
+    name: str
+    records: int
+    checked: int = 0
+    bad: list[str] = field(default_factory=list)
+    types: Counter[str] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)          # images a record -> records
+    tokens: list[int] = field(default_factory=list)                # prompt tokens a record, image tokens included
+    sizes: list[tuple[int, int]] = field(default_factory=list)     # (height, width) an image
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class _Finding:
+    bad: str = ""
+    type: str = ""
+    tokens: int | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+
+def check_dataset(dataset: Dataset, processor: Processor | None = None, *, max_tokens: int | None = None, sample: int | None = None,
+                  workers: int = 2, progress: bool = False) -> Summary:
+    """Read every record and image of `dataset`, or `sample` evenly spaced ones, in threads; prompt tokens are counted with a processor."""
+    count = min(len(dataset), sample or len(dataset))
+    out, started = Summary(name=dataset.name, records=len(dataset), checked=count), time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ThreadPoolExecutor(workers) as pool, Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        rows = [i * len(dataset) // count for i in range(count)]
+        for found in bar.track(pool.map(lambda i: _look(dataset, i, processor, max_tokens), rows), total=count, description=dataset.name):
+            if found.bad:
+                out.bad.append(found.bad)
+                continue
+            out.types[found.type] += 1
+            out.images[len(found.sizes)] += 1
+            out.sizes += found.sizes
+            out.tokens += [] if found.tokens is None else [found.tokens]
+    out.seconds = time.perf_counter() - started
+    return out
+
+
+def _look(dataset: Dataset, index: int, processor: Processor | None, max_tokens: int | None) -> _Finding:
+    try:
+        example = dataset.example(index)
+        try:
+            sizes = [images.size(i) for i in example.images]
+            tokens = dataset.length(example, processor, max_tokens) if processor else None
+            for image in example.images:
+                images.verify(image)
+        except UserError as error:
+            raise BadRecord(f"{example.where}: {error}") from None
+    except BadRecord as error:
+        return _Finding(bad=str(error))
+    return _Finding(type=example.problem_type, tokens=tokens, sizes=sizes)
+
+
+def check_before_training(datasets: Sequence[Dataset], processor: Processor, config: Data) -> list[Summary]:
+    """Check the training sets by data.check. Raises BadRecord for the first bad one where data.on_error is refuse, else warns of how many."""
+    sample = SAMPLE if config.check == "sample" else None
+    found = [check_dataset(d, processor, max_tokens=config.max_prompt_tokens, sample=sample, workers=config.workers, progress=True) for d in datasets]
+    for summary in found:
+        if summary.bad and config.on_error == "refuse":
+            more = f" (and {len(summary.bad) - 1} more: `data check {summary.name}` lists them)" if len(summary.bad) > 1 else ""
+            raise BadRecord(f"{summary.bad[0]}{more}")
+        if summary.bad:
+            logging.getLogger(__name__).warning("%s: %d of %d records cannot be used and are replaced when met; the first: %s",
+                                                summary.name, len(summary.bad), summary.checked, summary.bad[0])
+    return found
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Counts, types, token lengths, image sizes, and every bad record with its file and line."""
+    console = console or Console()
+    table = Table(title=summary.name, show_header=False)
+    table.add_row("records", f"{summary.records} ({summary.checked} checked in {summary.seconds:.1f} s, {len(summary.bad)} bad)")
+    table.add_row("types", ", ".join(f"{kind} {n}" for kind, n in summary.types.most_common()) or "-")
+    table.add_row("images a record", ", ".join(f"{n}: {records}" for n, records in sorted(summary.images.items())) or "-")
+    table.add_row("prompt tokens", _percentiles(summary.tokens) if summary.tokens else "not counted: name a model folder with --model")
+    if summary.sizes:
+        height, width = zip(*summary.sizes, strict=True)
+        table.add_row("image height", _percentiles(height))
+        table.add_row("image width", _percentiles(width))
+        table.add_row("image megapixels", _percentiles([h * w / 1e6 for h, w in summary.sizes], ".2f"))
+    console.print(table)
+    for line in summary.bad:
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _percentiles(values: Sequence[float], form: str = ".0f") -> str:
+    names = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+    return ", ".join(f"{name} {value:{form}}" for name, value in zip(names, np.percentile(values, list(names.values())), strict=True))
+
+
+def command(name: str, *, registry: str | Path = "", model: str = "", templates: str = "sophia") -> int:
+    """`data check NAME`: print the summary; the exit code is 2 where a record is bad."""
+    dataset = Dataset.open(name, registry, template=templates)
+    processor = Processor(model) if model else None
+    summary = check_dataset(dataset, processor, max_tokens=Data().max_prompt_tokens, progress=True)
+    print_summary(summary)
+    dataset.close()
+    return 2 if summary.bad else 0

@@ -1,0 +1,151 @@
+"""The training stream: one global cursor over mixed datasets, prepared ahead by threads.
+
+A position's prompt depends on (seed, position) alone: neither threads, replicas nor restarts change it. A record that
+cannot be used (data.on_error: skip) is replaced at its own position, so that the cursor moves by the same count everywhere.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from sophiavl_fast.config import Config
+from sophiavl_fast.data.check import check_before_training
+from sophiavl_fast.data.dataset import BadRecord, Dataset
+from sophiavl_fast.data.order import Order
+from sophiavl_fast.data.processor import Processor
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.types import Prompt
+
+_ATTEMPTS = 100  # unusable records in a row, at one position, before the stream gives up
+
+
+class Loader:
+    """`next(count)` is the stream. `skipped` counts unusable records that this replica met (data.on_error: skip)."""
+
+    def __init__(self, datasets: list[Dataset], weights: list[float] | None, processor: Processor, config: Config, seed: int) -> None:
+        self._datasets, self._weights, self._seed = datasets, weights, seed
+        self._processor, self._data = processor, config.data
+        self._order = Order([len(d) for d in datasets], weights, seed=seed, shuffle=config.data.shuffle)
+        self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="data")
+        self._ahead: dict[int, Future[tuple[Prompt, int]]] = {}
+        self._cursor = self.skipped = 0
+
+    @classmethod
+    def open(cls, config: Config, processor: Processor, *, names: str | Mapping[str, float] | None = None, seed: int | None = None) -> Loader:
+        """Open and mix `names` (data.train): a comma-separated list joins sets, name -> weight draws from them.
+
+        The first rank checks the records by data.check. Raises UserError; BadRecord for a record that data.on_error refuses.
+        """
+        chosen, weights = parse_mix(config.data.train if names is None else names)
+        datasets = [Dataset.open(n, config.data.registry, template=config.data.templates) for n in chosen]
+        if os.environ.get("RANK", "0") == "0":
+            check_before_training(datasets, processor, config.data)
+        return cls(datasets, weights, processor, config, config.run.seed if seed is None else seed)
+
+    @property
+    def epoch(self) -> float:
+        """Records given out so far over the records there are."""
+        return self._cursor / self._order.total
+
+    def next(self, count: int, *, replica: int = 0, replicas: int = 1) -> list[Prompt]:
+        """This replica's share, count / replicas prompts, of the next `count` of the stream; every replica's cursor moves by `count`.
+
+        Raises BadRecord where a record cannot be used and data.on_error is refuse.
+        """
+        if count % replicas:
+            raise UserError(f"{count} prompts do not divide over {replicas} replicas")
+        share = count // replicas
+        first = self._cursor + replica * share
+        wanted = range(first, first + share)
+        for position in [*wanted, *range(first + count, first + count + share)]:  # this share, and the next one ahead of its time
+            if position not in self._ahead:
+                self._ahead[position] = self._pool.submit(self._prepare, position, *self._order.at(position))
+        prompts = []
+        for position in wanted:
+            prompt, skipped = self._ahead.pop(position).result()
+            prompts.append(prompt)
+            self.skipped += skipped
+        self._cursor += count
+        for position in [p for p in self._ahead if p < self._cursor]:  # prepared for a share that changed
+            self._ahead.pop(position).cancel()
+        return prompts
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs, JSON values only: the cursor, and what the stream was made of."""
+        return {"cursor": self._cursor, "skipped": self.skipped, **self._identity()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, with any number of replicas. Raises UserError where data, weights, seed or order are not the same."""
+        for key, value in self._identity().items():
+            if state[key] != value:
+                raise UserError(f"the checkpoint's data stream had {key} = {state[key]}, this run has {value}; restore it or start a new run.dir")
+        self._forget()
+        self._cursor, self.skipped = state["cursor"], state["skipped"]
+
+    def close(self) -> None:
+        """Stop the threads and close the files."""
+        self._forget()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for dataset in self._datasets:
+            dataset.close()
+
+    def _identity(self) -> dict[str, Any]:
+        weights = self._weights or [None] * len(self._datasets)
+        sets = [[d.name, d.entry.split, len(d), w] for d, w in zip(self._datasets, weights, strict=True)]
+        return {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": sets}
+
+    def _forget(self) -> None:
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
+
+    def _prepare(self, position: int, index: int, row: int) -> tuple[Prompt, int]:
+        """The prompt of a position and how many unusable records stood in its way. Runs in a thread."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._datasets[index].prompt(row, self._processor, self._data.max_prompt_tokens), attempt
+            except BadRecord as error:
+                if self._data.on_error == "refuse":
+                    raise
+                last = error
+            row = self._order.spare(position, index, attempt)
+        raise BadRecord(f"{last} (the last of {_ATTEMPTS} unusable records in a row)")
+
+
+def parse_mix(names: str | Mapping[str, float]) -> tuple[list[str], list[float] | None]:
+    """Dataset names and their weights; None joins the sets by size. Raises UserError for an empty or repeated name or a weight <= 0."""
+    chosen = [n.strip() for n in (names.split(",") if isinstance(names, str) else names)]
+    if not all(chosen) or len(set(chosen)) < len(chosen):
+        raise UserError(f"data.train = {names!r}: expected different dataset names")
+    if isinstance(names, str):
+        return chosen, None
+    for name, weight in names.items():
+        if not weight > 0:
+            raise UserError(f"data.train: weight of '{name}' is {weight}; must be greater than 0")
+    return chosen, [float(w) for w in names.values()]
+
+
+def open_eval(config: Config, processor: Processor) -> list[Prompt]:
+    """The prompts of data.eval, in the file's order; eval.limit takes that many evenly spaced ones, so that sorted files keep all types.
+
+    Raises UserError; BadRecord unless data.on_error is skip, which leaves such records out.
+    """
+    dataset = Dataset.open(config.data.eval, config.data.registry, template=config.data.templates)
+    count = min(len(dataset), config.eval.limit or len(dataset))
+
+    def prepare(index: int) -> Prompt | None:
+        try:
+            return dataset.prompt(index, processor, config.data.max_prompt_tokens)
+        except BadRecord:
+            if config.data.on_error == "refuse":
+                raise
+            return None
+
+    try:
+        with ThreadPoolExecutor(config.data.workers, thread_name_prefix="data") as pool:
+            found = list(pool.map(prepare, [i * len(dataset) // count for i in range(count)]))
+    finally:
+        dataset.close()
+    return [p for p in found if p is not None]

@@ -1,0 +1,146 @@
+"""One Hugging Face processor for both engines: chat text, token ids, image pixels.
+
+The image that vLLM gets is the one resized here. Resizing is idempotent, so vLLM's own processor turns it into the same
+pixels that the trainer computes, and nothing larger than needed travels to the engine.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from sophiavl_fast.errors import UserError, nearest
+
+Prepared = tuple[str, list[int], list[int], list[Image.Image], Tensor | None, Tensor | None]
+
+
+class Processor:
+    """Tokenizer and image processor of a model folder; local files only, no code from the folder is run.
+
+    tokenizer, image_token_id, vocab_size: the model's. stop_ids: every end-of-text id, the tokenizer's first.
+    banned_ids: sorted ids that are never sampled: special tokens that do not end a text, and ids without a token.
+    Raises UserError for a folder that is missing or holds no vision-language processor.
+    """
+
+    def __init__(self, model_path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        path = Path(model_path)
+        if not (path / "config.json").is_file():
+            siblings = [str(p) for p in path.parent.iterdir() if (p / "config.json").is_file()] if path.parent.is_dir() else []
+            raise UserError(f"model.path: '{path}' is no model folder (no config.json){nearest(str(path), siblings)}")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's threads are the parallelism
+        from transformers import AutoConfig, AutoProcessor
+
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            self._hf = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            self.tokenizer, self._images = self._hf.tokenizer, self._hf.image_processor
+        except (OSError, ValueError, AttributeError, ImportError) as error:
+            raise UserError(f"model.path: '{path}' has no usable vision-language processor: {' '.join(str(error).split())}") from None
+        self.path = path
+        self._chat_template = self._hf.chat_template or self.tokenizer.chat_template
+        if not self._chat_template:
+            raise UserError(f"model.path: '{path}' has no chat template")
+        self._limit_pixels(min_pixels, max_pixels)
+        self.vocab_size: int = config.get_text_config().vocab_size
+        self.image_token_id: int = self._hf.image_token_id
+        self.stop_ids = _stop_ids(self.tokenizer.eos_token_id, config, path)
+        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special} | set(self.tokenizer.all_special_ids)
+        known = set(self.tokenizer.get_vocab().values())
+        unused = set(range(self.vocab_size)) - known
+        self.banned_ids = sorted((special | unused) - set(self.stop_ids))
+        names = sorted((t for i in special if (t := self.tokenizer.convert_ids_to_tokens(i))), key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, names)))
+
+    def _limit_pixels(self, low: int | None, high: int | None) -> None:
+        if low is None and high is None:
+            return
+        kept = self._images.size
+        try:
+            low, high = low or kept["shortest_edge"], high or kept["longest_edge"]
+        except KeyError:
+            raise UserError(f"model.min_pixels/max_pixels: {type(self._images).__name__} of '{self.path}' has no pixel limits") from None
+        if low > high:
+            raise UserError(f"model.min_pixels = {low} is greater than model.max_pixels = {high}")
+        self._images.size = type(kept)(shortest_edge=low, longest_edge=high)
+
+    def prepare(self, messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> Prepared:
+        """Chat messages and their RGB images -> (text, token_ids, expanded_ids, resized images, pixel_values, grid).
+
+        text and token_ids hold one placeholder an image, expanded_ids one image token a feature; pixel_values is [N, C] fp32 and
+        grid [I, 3] int64, None without images. Raises UserError: special tokens in the text, an image no processor takes.
+        """
+        text, token_ids = self.tokenize(messages, len(images))
+        if not images:
+            return text, token_ids, list(token_ids), [], None, None
+        resized = [self._resized(image) for image in images]
+        features = self._images(images=resized, return_tensors="pt")
+        expansions = [self._ids(self._hf.replace_image_token(features, i)) for i in range(len(images))]
+        return text, token_ids, self._expanded(token_ids, expansions), resized, features["pixel_values"], features["image_grid_thw"]
+
+    def tokenize(self, messages: Sequence[dict[str, Any]], images: int) -> tuple[str, list[int]]:
+        """The chat text and its ids, one placeholder an image. Raises UserError where user text smuggles in a special token."""
+        for message in messages:
+            for part in message["content"]:
+                if found := self._special_text.search(part.get("text", "")):
+                    raise UserError(f"the {message['role']} text holds the special token '{found[0]}'")
+        text = self.tokenizer.apply_chat_template(list(messages), chat_template=self._chat_template, tokenize=False, add_generation_prompt=True)
+        ids = self._ids(text)
+        if ids.count(self.image_token_id) != images:
+            raise UserError(f"the chat template made {ids.count(self.image_token_id)} placeholders of {images} images")
+        return text, ids
+
+    def expanded_length(self, token_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+        """Length of expanded_ids from image sizes (height, width) alone, before any pixel is decoded. Raises UserError."""
+        if not sizes:
+            return len(token_ids)
+        try:
+            counts = self._hf._get_num_multimodal_tokens(image_sizes=[list(s) for s in sizes])["num_image_tokens"]
+        except ValueError as error:
+            raise UserError(f"image sizes {list(sizes)}: {error}") from None
+        return len(token_ids) - len(sizes) + sum(counts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of sampled ids, special tokens dropped, nothing tidied."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _expanded(self, token_ids: list[int], expansions: list[list[int]]) -> list[int]:
+        left = iter(expansions)
+        return [i for token in token_ids for i in (next(left) if token == self.image_token_id else (token,))]
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """As the image processor itself would resize it. Families that tile instead of resizing get the image as it is."""
+        patches = getattr(self._images, "get_number_of_image_patches", None)
+        if patches is None or "shortest_edge" not in dict(self._images.size):
+            return image
+        try:
+            wanted = patches(image.height, image.width)
+            out = self._to_size(image)
+        except ValueError as error:
+            raise UserError(f"an image of {image.width} x {image.height} pixels cannot be resized: {error}") from None
+        if patches(out.height, out.width) != wanted:
+            raise UserError(f"an image of {image.width} x {image.height} pixels fits no size between model.min_pixels and model.max_pixels")
+        return out
+
+    def _to_size(self, image: Image.Image) -> Image.Image:
+        pixels = self._images.process_image(image)
+        factor = self._images.patch_size * self._images.merge_size
+        out = self._images.resize(pixels, size=self._images.size, resample=self._images.resample, factor=factor)
+        return Image.fromarray(out.permute(1, 2, 0).contiguous().numpy())
+
+
+def _stop_ids(eos: int, config: Any, path: Path) -> list[int]:
+    """The tokenizer's end-of-text id first, then those of generation_config.json and config.json."""
+    found: list[Any] = [eos, config.eos_token_id if hasattr(config, "eos_token_id") else None, config.get_text_config().eos_token_id]
+    if (file := path / "generation_config.json").is_file():
+        found.append(json.loads(file.read_text()).get("eos_token_id"))
+    flat = [i for item in found for i in (item if isinstance(item, list) else [item]) if i is not None]
+    return list(dict.fromkeys(flat))

@@ -1,0 +1,156 @@
+"""Attention over packed groups: every response sees its prompt and itself, nothing else.
+
+A row is cut into segments in packed order (a prompt, or one response), so queries need no reordering; a segment's keys
+are its context (nothing for a prompt, the prompt for a response) followed by itself, and the causal mask is aligned to
+the end. That is exact, and the work is the sum of |segment| x |keys|, never the square of the row. Keys are gathered,
+so no kernel needs to know about shared prompts:
+  * on a CPU, and in fp32 anywhere, segments of similar shape are padded together and go through SDPA with a mask;
+  * on a GPU in bf16/fp16, torch's variable-length flash attention takes them as they are.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from sophiavl_fast.types import Batch
+
+
+@dataclass(slots=True)
+class Bucket:
+    """n segments padded to Q queries and K keys: queries [n*Q] and keys [n*K] are rows of the packed row."""
+
+    size: int
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor      # [n, 1, heads a key head * Q, K], 0 or -inf
+
+
+@dataclass(kw_only=True)
+class RowPlan(PackedSeqParams):
+    """How a row attends. It rides through megatron's layers as their `packed_seq_params`, with a format that none of them acts on."""
+
+    qkv_format: str = "groups"
+    buckets: list[Bucket]
+    place: Tensor                 # [S] where each row's output lies in the buckets' concatenation
+    flash: bool
+    key_rows: Tensor | None = None  # [sum of K] rows gathered as keys (flash)
+
+
+def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_heads_per_key: int) -> RowPlan:
+    """Cut a row (boundaries on the CPU) into segments and lay out their attention on `device`."""
+    start, length, context_start, context = _segments(batch)
+    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if flash:
+        keys = length + context
+        return RowPlan(
+            buckets=[], place=torch.empty(0), flash=True, key_rows=_key_rows(start, length, context_start, context).to(device),
+            cu_seqlens_q=_cumulative(length, device), cu_seqlens_kv=_cumulative(keys, device),
+            max_seqlen_q=int(length.max()), max_seqlen_kv=int(keys.max()),
+        )
+    buckets, place, done = [], torch.empty(len(batch.tokens), dtype=torch.int64), 0
+    for members in _similar(length, context + length):
+        s, q, c0, c = start[members], length[members], context_start[members], context[members]
+        width = int(q.max())
+        inside = torch.arange(width) < q[:, None]
+        place[(s[:, None] + torch.arange(width))[inside]] = done + inside.flatten().nonzero()[:, 0]
+        done += inside.numel()
+        buckets.append(_bucket(s, q, c0, c, query_heads_per_key, dtype, device))
+    return RowPlan(buckets=buckets, place=place.to(device), flash=False)
+
+
+def _segments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """start, length, context start, context length of every non-empty segment, in packed order; padding is a segment of its own."""
+    starts, prompts = batch.group_start[:-1], batch.prompt_len
+    end, total = int(batch.group_start[-1]), len(batch.tokens)
+    none = torch.zeros_like(prompts)
+    pad = torch.tensor([[end], [total - end], [0], [0]])
+    responses = torch.stack([
+        batch.response_start, batch.cu_seqlens.diff(), starts[batch.group_of], prompts[batch.group_of],
+    ])
+    table = torch.cat([torch.stack([starts, prompts, none, none]), responses, pad], 1)
+    table = table[:, table[1] > 0]
+    return table[:, table[0].argsort()].unbind(0)  # type: ignore[return-value]
+
+
+def _similar(queries: Tensor, keys: Tensor) -> list[Tensor]:
+    """Members of each bucket: shapes rounded up to four steps an octave, so that padding wastes little."""
+    shape = torch.stack([_rounded(queries), _rounded(keys)], 1)
+    kinds, kind = shape.unique(dim=0, return_inverse=True)
+    return [(kind == i).nonzero()[:, 0] for i in range(len(kinds))]
+
+
+def _rounded(n: Tensor) -> Tensor:
+    step = torch.exp2((n.double().log2().floor() - 2).clamp(min=3)).long()
+    return (n + step - 1) // step * step
+
+
+def _bucket(start: Tensor, length: Tensor, context_start: Tensor, context: Tensor, repeat: int, dtype: torch.dtype, device: torch.device) -> Bucket:
+    q, k = torch.arange(int(length.max())), torch.arange(int((context + length).max()))
+    inside_context = k < context[:, None]
+    own = start[:, None] + k - context[:, None]
+    keys = torch.where(inside_context, context_start[:, None] + k, own)
+    real = k < (context + length)[:, None]
+    queries = start[:, None] + q
+    seen = (k <= (context[:, None, None] + q[:, None])) & real[:, None]      # causal, aligned to the end
+    bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))[:, None].repeat(1, 1, repeat, 1)
+    last = int((start + length).max()) - 1                                  # padded rows read a real row; nothing of it is used
+    rows = queries.clamp(max=last).flatten(), torch.where(real, keys, start[:, None]).flatten()
+    return Bucket(len(start), rows[0].to(device), rows[1].to(device), bias.to(device))
+
+
+def _key_rows(start: Tensor, length: Tensor, context_start: Tensor, context: Tensor) -> Tensor:
+    size = context + length
+    segment = torch.arange(len(size)).repeat_interleave(size)
+    k = torch.arange(int(size.sum())) - (size.cumsum(0) - size)[segment]
+    return torch.where(k < context[segment], context_start[segment] + k, start[segment] + k - context[segment])
+
+
+def _cumulative(lengths: Tensor, device: torch.device) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
+    """query [S, A, D], key and value [S, K, D] (A a multiple of K) -> [S, A * D]."""
+    if plan.flash:
+        from torch.nn.attention.varlen import varlen_attn
+
+        assert plan.key_rows is not None
+        out = varlen_attn(
+            query, key[plan.key_rows], value[plan.key_rows], plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv,
+            window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.flatten(1)
+    outputs = [_padded(query, key, value, bucket) for bucket in plan.buckets]
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).index_select(0, plan.place)
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
+    """One SDPA for a bucket; the query heads that share a key head are stacked as further queries, so keys are never repeated."""
+    n, heads, groups, width = bucket.size, query.shape[1], key.shape[1], query.shape[2]
+    q = query.flatten(1).index_select(0, bucket.queries).view(n, -1, groups, heads // groups, width)
+    k, v = (x.flatten(1).index_select(0, bucket.keys).view(n, -1, groups, width).transpose(1, 2) for x in (key, value))
+    rows = q.shape[1]
+    stacked = q.permute(0, 2, 3, 1, 4).reshape(n, groups, -1, width)
+    out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bucket.bias)
+    return out.view(n, groups, heads // groups, rows, width).permute(0, 3, 1, 2, 4).reshape(n * rows, heads * width)
+
+
+class GroupAttention(MegatronModule):
+    """megatron's `core_attention`: query [S, 1, A, D], key and value [S, 1, K, D] -> [S, 1, A * D]."""
+
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(config=config)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+                packed_seq_params: RowPlan, **_: object) -> Tensor:
+        return attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)[:, None]
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
+        """Nothing to save."""
+        return {}

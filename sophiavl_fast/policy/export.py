@@ -1,0 +1,84 @@
+"""A Hugging Face folder from the live policy: safetensors, config, tokenizer and processor files."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sophiavl_fast.policy.policy import Policy
+
+SHARD_BYTES = 4 << 30
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+
+
+def export(policy: Policy, out: Path) -> Path:
+    """Write `out` so that AutoModelForImageTextToText.from_pretrained(out) loads it; an older folder there is replaced.
+
+    Every rank iterates the weights, the first one writes them: shards of at most 4 GiB under the published names,
+    in the policy's dtype, beside copies of all of model.path's small files. The folder appears whole or not at all.
+    """
+    writer = _Writer(out) if torch.distributed.get_rank() == 0 else None
+    for name, tensor in policy.weights():
+        if writer is not None:
+            writer.add(name, tensor)
+    if writer is not None:
+        _copy_files(policy.family.folder, writer.folder, str(policy.model.config.params_dtype).removeprefix("torch."))
+        writer.finish()
+    policy.layout.wait("export")
+    return out
+
+
+class _Writer:
+    """Collects tensors into shards in a temporary folder beside the final one."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, out.with_name(f".{out.name}.writing")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.held: dict[str, Tensor] = {}
+        self.bytes = self.total = 0
+        self.shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.held and self.bytes + size > SHARD_BYTES:
+            self._flush()
+        self.held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.bytes += size
+        self.total += size
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self.held, str(self.folder / f"part-{len(self.shards)}"), metadata={"format": "pt"})
+        self.shards.append(list(self.held))
+        self.held, self.bytes = {}, 0
+
+    def finish(self) -> None:
+        self._flush()
+        if len(self.shards) == 1:
+            (self.folder / "part-0").rename(self.folder / "model.safetensors")
+        else:
+            files = [f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors" for i in range(len(self.shards))]
+            for i, file in enumerate(files):
+                (self.folder / f"part-{i}").rename(self.folder / file)
+            index = {"metadata": {"total_size": self.total}, "weight_map": {n: f for f, names in zip(files, self.shards) for n in names}}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        self.folder.rename(self.out)
+
+
+def _copy_files(source: Path, target: Path, dtype: str) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHTS) and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

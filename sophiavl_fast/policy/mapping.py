@@ -1,0 +1,158 @@
+"""Hugging Face tensors <-> megatron parameters, one at a time: never a second copy of the model.
+
+Under tensor parallelism a megatron parameter is a shard; under pipeline parallelism it lives on one stage. Loading
+cuts each tensor to this rank's part; `full_tensors` gathers over tensor ranks, broadcasts over stages and yields
+(published name, full tensor) on every rank, in the same order.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sophiavl_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from sophiavl_fast.policy.distributed import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one megatron parameter is made of published tensors.
+
+    whole: the same on every rank; row: split along inputs; vocab: split along the padded vocabulary;
+    qkv: query, key and value interleaved by key head; gated: gate and up projections, each split.
+    """
+
+    kind: Literal["whole", "row", "vocab", "qkv", "gated"]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Sizes that shape the fused qkv parameter, and the vocabulary."""
+
+    query: int
+    key: int
+    width: int
+    vocab: int
+    padded_vocab: int
+
+
+class Folder:
+    """Published tensors of a model folder, read one at a time from its safetensors files."""
+
+    def __init__(self, path: Path, published: Callable[[str], str]) -> None:
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+        elif (path / "model.safetensors").is_file():
+            with _open(path / "model.safetensors") as file:
+                files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise UserError(f"model.path = '{path}': no model.safetensors there; convert the weights to safetensors first")
+        self.path, self.files = path, {published(name): (name, file) for name, file in files.items()}
+        self._open: dict[str, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UserError(f"model.path = '{self.path}': tensor '{name}' is missing from its safetensors files")
+        stored, file = self.files[name]
+        if file not in self._open:
+            self._open[file] = _open(self.path / file)
+        return self._open[file].get_tensor(stored)
+
+
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="pt")
+
+
+def parameters(model: nn.Module, family: Any) -> Iterator[tuple[str, Rule, nn.Parameter]]:
+    """(local name, rule, parameter) of everything this rank holds; a head tied to a local embedding is not repeated."""
+    layers = model.language.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in model.named_parameters():
+        yield name, family.rule(name, first_layer), parameter
+
+
+@torch.no_grad()
+def load(model: nn.Module, family: Any, heads: Heads, layout: Layout) -> None:
+    """Fill every parameter from the family's model folder. Raises UserError for a missing or misshapen tensor."""
+    read = Folder(family.folder, family.published)
+    rank = dist.get_rank(layout.tp_group)
+    for name, rule, parameter in parameters(model, family):
+        names = ("model.embed_tokens.weight",) if rule.names == ("lm_head.weight",) and family.tied else rule.names
+        part = shard(rule.kind, [read(n) for n in names], heads, layout.tensor, rank)
+        if part.shape != parameter.shape:
+            raise UserError(f"model.path = '{family.folder}': {', '.join(names)} gives {list(part.shape)} for {name}, expected {list(parameter.shape)}")
+        parameter.copy_(part)
+
+
+def shard(kind: str, tensors: list[Tensor], heads: Heads, size: int, rank: int) -> Tensor:
+    """Published tensors -> this tensor rank's part."""
+    if kind == "whole":
+        return tensors[0]
+    if kind == "row":
+        return tensors[0].chunk(size, 1)[rank]
+    if kind == "vocab":
+        return F.pad(tensors[0], (0, 0, 0, heads.padded_vocab - heads.vocab)).chunk(size, 0)[rank]
+    if kind == "gated":
+        return torch.cat([t.chunk(size, 0)[rank] for t in tensors])
+    by_key = [t.view(heads.key, -1, *t.shape[1:]) for t in tensors]
+    return torch.cat(by_key, 1).flatten(0, 1).chunk(size, 0)[rank]
+
+
+def unshard(kind: str, parts: list[Tensor], heads: Heads) -> list[Tensor]:
+    """All tensor ranks' parts -> published tensors; the inverse of `shard`."""
+    if kind == "whole":
+        return [parts[0]]
+    if kind == "row":
+        return [torch.cat(parts, 1)]
+    if kind == "vocab":
+        return [torch.cat(parts)[: heads.vocab]]
+    if kind == "gated":
+        halves = [p.chunk(2) for p in parts]
+        return [torch.cat([h[i] for h in halves]) for i in range(2)]
+    fused = torch.cat(parts)
+    fused = fused.view(heads.key, -1, *fused.shape[1:])
+    queries = heads.query // heads.key * heads.width
+    return [t.flatten(0, 1) for t in fused.split([queries, heads.width, heads.width], 1)]
+
+
+@torch.no_grad()
+def full_tensors(model: nn.Module, family: Any, heads: Heads, layout: Layout,
+                 value: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> Iterator[tuple[str, Tensor]]:
+    """(published name, full tensor on the device), every rank iterating together. `value` picks what to read of a parameter."""
+    local = [(rule, value(p)) for _, rule, p in parameters(model, family)]
+    entries: list[tuple[int, Rule, torch.Size, torch.dtype]] = [(dist.get_rank(layout.pp_group), r, t.shape, t.dtype) for r, t in local]
+    if layout.pipeline > 1:
+        stages: list[Any] = [None] * layout.pipeline
+        dist.all_gather_object(stages, entries, group=layout.pp_group)
+        entries = [entry for stage in stages for entry in stage]
+    held = {rule.names: t for rule, t in local}
+    seen: set[tuple[str, ...]] = set()
+    for stage, rule, shape, dtype in entries:
+        if rule.names in seen or (family.tied and rule.names == ("lm_head.weight",)):
+            continue
+        seen.add(rule.names)
+        mine = stage == dist.get_rank(layout.pp_group)
+        part = held[rule.names].contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
+        if layout.pipeline > 1:
+            dist.broadcast(part, dist.get_global_rank(layout.pp_group, stage), group=layout.pp_group)
+        parts = [part]
+        if layout.tensor > 1 and rule.kind != "whole":
+            parts = [torch.empty_like(part) for _ in range(layout.tensor)]
+            dist.all_gather(parts, part, group=layout.tp_group)
+        yield from zip(rule.names, unshard(rule.kind, parts, heads), strict=True)

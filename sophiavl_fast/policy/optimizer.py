@@ -1,0 +1,78 @@
+"""AdamW through megatron-core's distributed optimizer, the learning-rate schedule, and gradients that must be finite."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import nn
+
+from sophiavl_fast.config import Config, Optim
+from sophiavl_fast.errors import EngineError
+
+
+def learning_rate(optim: Optim, update: int, total: int) -> float:
+    """The rate of update number `update` (from 0) of `total`.
+
+    Linear warm-up reaches optim.lr at update warmup_steps; from there constant, or falling to optim.min_lr at `total`
+    along a cosine or a line. A pure function of the count, so that a resumed run needs nothing else.
+    """
+    if update < optim.warmup_steps:
+        return optim.lr * (update + 1) / (optim.warmup_steps + 1)
+    if optim.schedule == "constant":
+        return optim.lr
+    done = min(1.0, (update - optim.warmup_steps) / max(1, total - optim.warmup_steps))
+    left = (1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done
+    return optim.min_lr + (optim.lr - optim.min_lr) * left
+
+
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """megatron's gradient buffers around the model: fp32, reduced once after the last micro-batch, summed over replicas."""
+    model.config.finalize_model_grads_func = _finalize
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True)
+    return DistributedDataParallel(config=model.config, ddp_config=options, module=model, disable_bucketing=True)
+
+
+def _finalize(model: list[nn.Module], num_tokens: object = None, **options: object) -> None:
+    """Reduce gradients without megatron's division by tokens: losses carry their own global denominator."""
+    finalize_model_grads(model, None, **options)
+
+
+def build_optimizer(config: Config, model: DistributedDataParallel) -> ChainedOptimizer:
+    """AdamW, decoupled decay on matrices only (biases and norms have none), fp32 main weights and moments, sharded over replicas."""
+    o, dtype = config.optim, model.module.config.params_dtype
+    options = OptimizerConfig(
+        optimizer="adam", lr=o.lr, min_lr=o.min_lr, weight_decay=o.weight_decay, adam_beta1=o.beta1, adam_beta2=o.beta2, adam_eps=o.eps,
+        clip_grad=o.clip_grad, bf16=dtype == torch.bfloat16, params_dtype=dtype, use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(options, [model])
+
+
+def step(optimizer: ChainedOptimizer, model: DistributedDataParallel, *, rate: float, clip: float, update: int) -> float:
+    """One AdamW step on the accumulated gradients; returns their global norm before clipping.
+
+    Raises EngineError naming update and parameters when a gradient is not finite: no weight has been touched then.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise EngineError(f"update {update}: gradient norm is {norm}; first parameters at fault: {_not_finite(model)}")
+    if clip > 0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _not_finite(model: DistributedDataParallel) -> str:
+    """Names of this job's parameters with a NaN or Inf gradient, gathered from all ranks."""
+    mine = [name for name, p in model.module.named_parameters() if p.requires_grad and not bool(p.main_grad.isfinite().all())]
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine[:3])
+    found = sorted({name for names in everyone for name in names})
+    return ", ".join(found[:4]) or "none after reduction (overflow in the norm)"

@@ -1,0 +1,218 @@
+"""Policy: pack groups, take log-probs, make one optimizer step, hand out weights. The same code in every layout."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from sophiavl_fast import kernels
+from sophiavl_fast.compat.megatron_cpu import without_cuda
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import EngineError
+from sophiavl_fast.policy import mapping, optimizer, packing
+from sophiavl_fast.policy.attention import RowPlan, plan_row
+from sophiavl_fast.policy.distributed import Layout, open_layout
+from sophiavl_fast.policy.export import export
+from sophiavl_fast.policy.families import Qwen2_5_VL, open_family
+from sophiavl_fast.policy.model import VisionLanguageModel, build_model
+from sophiavl_fast.types import Batch, Group
+
+LossFn = Callable[[Batch, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True, kw_only=True)
+class UpdateResult:
+    """One optimizer step: stats [K] fp32 over all micro-batches and replicas, the global gradient norm before clipping, the rate used."""
+
+    stats: Tensor
+    grad_norm: float
+    lr: float
+
+
+class Policy:
+    """Every method but the properties is collective: all ranks of a replica (update, sum_over_replicas, weights, export: all ranks) call it."""
+
+    def __init__(self, config: Config, layout: Layout, family: Qwen2_5_VL, model: VisionLanguageModel, heads: mapping.Heads,
+                 *, ban_bias: Tensor | None, temperature: float, reference: bool, total_steps: int) -> None:
+        self.config, self.layout, self.family, self.model, self.heads = config, layout, family, model, heads
+        self.updates = 0
+        self._ban_bias, self._temperature, self._total = ban_bias, temperature, total_steps
+        self._reference = self._copy_weights() if reference else None
+        self._wrapped = optimizer.wrap(model)
+        self.optimizer = optimizer.build_optimizer(config, self._wrapped)
+
+    @classmethod
+    def create(cls, config: Config, *, banned_ids: Sequence[int] = (), temperature: float = 1.0, reference: bool, total_steps: int) -> Policy:
+        """Join the process groups and load `config.model.path`.
+
+        banned_ids never carry probability; temperature divides the logits: both as the sampler does it. reference keeps
+        a frozen copy of the loaded weights; total_steps is the number of optimizer updates that the schedule spans.
+        Raises UserError for a folder, a device or a layout that cannot work.
+        """
+        family = open_family(config.model.path)
+        layout = open_layout(config)
+        with without_cuda(layout.device):
+            model, heads = build_model(config, family, layout)
+            bias = _ban_bias(banned_ids, heads, layout) if layout.last_stage else None
+            return cls(config, layout, family, model, heads, ban_bias=bias, temperature=temperature, reference=reference, total_steps=total_steps)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layout.device
+
+    @property
+    def replica(self) -> int:
+        return self.layout.replica
+
+    @property
+    def replicas(self) -> int:
+        return self.layout.replicas
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this rank reads data and talks to the engines for its replica."""
+        return self.layout.lead
+
+    def pack(self, groups: list[Group], advantages: Tensor | None) -> list[Batch]:
+        """The lead's groups as packed rows, on every rank of its replica (whose own arguments are ignored); pixels on the first stage only.
+
+        advantages [B] fp32 in the order of the groups' responses; None: zeros. Raises EngineError, see packing.pack.
+        """
+        rows = None
+        if self.is_lead:
+            c = self.config
+            rows = packing.pack(groups, advantages, self.family, share_prompt=c.policy.share_prompt, budget=c.policy.tokens_per_row,
+                                multiple=self.layout.tensor if self.layout.sequence else 1, check=c.debug.check_batches)
+        if len(self.layout.peer_ranks) == 1:
+            assert rows is not None
+            return rows
+        return self.layout.share_rows(rows)
+
+    @torch.no_grad()
+    def logprobs(self, batches: list[Batch], *, reference: bool = False) -> list[Tensor]:
+        """[T] fp32 of each batch's targets, on every rank of the replica; of the frozen reference where asked."""
+        with without_cuda(self.device), self._weights_of(reference):
+            found = self._run(batches, lambda batch, hidden: self._head(hidden, batch, entropy=False)[0], forward_only=True)
+        return [self._from_last_stage(lp, len(b.target)) for lp, b in zip(found or [None] * len(batches), batches, strict=True)]
+
+    def update(self, batches: list[Batch], loss_fn: LossFn, *, entropy: bool = False) -> UpdateResult:
+        """One optimizer step on the sum of `loss_fn(batch, logprob [T], entropy [T] or None)` over micro-batches and replicas.
+
+        loss_fn returns (loss, stats [K]): a scalar already divided by its global denominator, and fp32 sums.
+        Raises EngineError when a gradient is not finite (the weights are untouched then).
+        """
+
+        def loss(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logprob, spread = self._head(hidden, batch, entropy=entropy)
+            value, stats = loss_fn(batch, logprob, spread)
+            return value, torch.zeros((), dtype=torch.int, device=self.device), {"stats": stats.detach().clone()}
+
+        if not batches:
+            raise EngineError(f"update {self.updates}: replica {self.replica} was given no batch")
+        with without_cuda(self.device):
+            self._wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            found = self._run(batches, loss, forward_only=False)
+            rate = optimizer.learning_rate(self.config.optim, self.updates, self._total)
+            norm = optimizer.step(self.optimizer, self._wrapped, rate=rate, clip=self.config.optim.clip_grad, update=self.updates)
+        self.updates += 1
+        return UpdateResult(stats=self._combine([f["stats"] for f in found]), grad_norm=norm, lr=rate)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(published name, full tensor), in a fixed order; every rank must iterate. Tensors may be views of the live weights."""
+        return mapping.full_tensors(self.model, self.family, self.heads, self.layout)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(published name, full fp32 gradient) of the last update's backward pass, frozen parameters as zeros: for tests and debugging."""
+        return mapping.full_tensors(self.model, self.family, self.heads, self.layout, lambda p: p.main_grad if p.requires_grad else torch.zeros_like(p))
+
+    def export(self, out_dir: str | Path) -> Path:
+        """Write a Hugging Face folder that plain transformers loads; see export.export."""
+        return export(self, Path(out_dir))
+
+    def sum_over_replicas(self, tensor: Tensor) -> Tensor:
+        """The sum of the replicas' tensors, on every rank."""
+        return self.layout.sum_over_replicas(tensor)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        self.layout.close()
+
+    # -- inside
+
+    def _run(self, batches: list[Batch], last: Callable[[Batch, Tensor], Any], *, forward_only: bool) -> list[Any]:
+        """megatron's schedule over the micro-batches; what `last` returned for each on the last stage, [] on the others."""
+        rows = iter(batches)
+
+        def forward(_: object, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            host = next(rows)
+            plan, batch = self._plan(host), host.to(self.device)
+            return model(batch, plan), lambda hidden, non_loss_data=False: last(batch, hidden)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=None, model=self._wrapped, num_microbatches=len(batches),
+            seq_length=max(len(b.tokens) for b in batches), micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only,
+        )
+
+    def _plan(self, batch: Batch) -> RowPlan:
+        heads = self.heads
+        return plan_row(batch, device=self.device, dtype=self.model.config.params_dtype, query_heads_per_key=heads.query // heads.key)
+
+    def _head(self, hidden: Tensor, batch: Batch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution."""
+        weight = self.model.head_weight()
+        return kernels.linear_logprob(
+            hidden, weight, batch.target, bias=self._ban_bias, temperature=self._temperature, entropy=entropy, vocab_size=self.heads.vocab,
+            group=self.layout.tp_group if self.layout.tensor > 1 else None, main_grad=weight.main_grad if torch.is_grad_enabled() else None,
+            chunk=self.config.policy.logprob_chunk,
+        )
+
+    def _from_last_stage(self, tensor: Tensor | None, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self.layout.pipeline == 1:
+            assert tensor is not None
+            return tensor
+        held = tensor.contiguous() if tensor is not None else torch.empty(size, dtype=dtype, device=self.device)
+        dist.broadcast(held, dist.get_global_rank(self.layout.pp_group, self.layout.pipeline - 1), group=self.layout.pp_group)
+        return held
+
+    def _combine(self, stats: list[Tensor]) -> Tensor:
+        total = self.sum_over_replicas(torch.stack(stats).sum(0)) if self.layout.last_stage else None
+        size = self._from_last_stage(torch.tensor([total.numel()], device=self.device) if total is not None else None, 1, torch.int64)
+        return self._from_last_stage(total, int(size))
+
+    def _copy_weights(self) -> dict[torch.nn.Parameter, Tensor]:
+        place = torch.device("cpu") if self.config.policy.offload_reference else self.device
+        return {p: p.detach().to(place, copy=True) for p in self.model.parameters() if p.requires_grad}
+
+    @contextmanager
+    def _weights_of(self, reference: bool) -> Iterator[None]:
+        """Within the block the parameters point at the reference's storage; frozen ones are shared anyway."""
+        if not reference:
+            yield
+            return
+        if self._reference is None:
+            raise EngineError("the reference's log-probs were asked for, but Policy.create was told reference=False")
+        live = {p: p.data for p in self._reference}
+        for parameter, frozen in self._reference.items():
+            parameter.data = frozen.to(self.device)
+        try:
+            yield
+        finally:
+            for parameter, data in live.items():
+                parameter.data = data
+
+
+def _ban_bias(banned: Sequence[int], heads: mapping.Heads, layout: Layout) -> Tensor | None:
+    """[padded V / tp] fp32 on the last stage: -inf at this rank's banned ids, None where nothing is banned."""
+    if not banned:
+        return None
+    bias = torch.zeros(heads.padded_vocab)
+    bias[torch.tensor([i for i in banned if i < heads.vocab], dtype=torch.int64)] = float("-inf")
+    return bias.chunk(layout.tensor)[dist.get_rank(layout.tp_group)].to(layout.device)

@@ -73,13 +73,15 @@ class Scores:
     """What the rewards room says of a list of groups; rows in the order of the groups' responses.
 
     outcome [B] fp32 in the task's own range; format_ok [B] bool; thinking [B] or [B, K] fp32, NaN: not scored,
-    None: the thinking reward is off; reasons: one line for every NaN, keyed by row.
+    None: the thinking reward is off; reasons: one line for every NaN or killed grader, keyed by row; killed: outcomes
+    that are 0 because their grader hung, crashed or ran out of memory (metric reward/grader_killed).
     """
 
     outcome: Tensor
     format_ok: Tensor
     thinking: Tensor | None = None
     reasons: dict[int, str] = field(default_factory=dict)
+    killed: int = 0
     seconds: float = 0.0
 
 

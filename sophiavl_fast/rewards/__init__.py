@@ -1,0 +1,1 @@
+"""Rewards: Group -> Scores. Outcome by problem type in outcome.py, the judge of the reasoning in thinking/."""

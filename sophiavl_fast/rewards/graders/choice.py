@@ -1,0 +1,87 @@
+"""Multiple choice, 0 or 1: the set of options that an answer names must equal the set that the gold answer names.
+
+Understood: `B`, `b`, `(B)`, `B.`, `B) cat`, `Option B`, `The answer is B`, `A, B`, `A and B`, `AB`, and an option's own text
+with or without its letter. Anything else names nothing: there is no search for letters inside words, and an answer that
+hedges (`A or B`) or contradicts itself (a letter with another option's text) is wrong.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from sophiavl_fast.rewards.graders.task import Task, clean
+
+_LEAD = re.compile(r"(?:the )?(?:(?:correct|right|final|best) )?(?:answers?|options?|choices?)(?: (?:is|are))?\s?:?\s", re.IGNORECASE)
+_LATEX = re.compile(r"\\(?:text|boxed|mathrm|mathbf|textbf)\{([^{}]*)\}")
+_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]{0,2}")
+_LABELLED = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:]?|([A-Za-z])\s?[.:)])\s?(.+)", re.DOTALL)
+_SEPARATOR = re.compile(r"\s?[,;&]\s?(?:and\s)?|\sand\s|\s")
+_LONGEST = 4096
+
+
+def quick(task: Task) -> float:
+    """1 if answer and gold name the same options, else 0; without options the texts may also be equal."""
+    if max(len(task.answer), len(task.gold)) > _LONGEST:
+        return 0.0
+    texts = _texts(task.options)
+    answer, gold = (_plain(t) for t in (task.answer, task.gold))
+    if not answer:
+        return 0.0
+    wanted = named(gold, texts)
+    if wanted is None:
+        return float(answer.casefold() == gold.casefold())
+    return float(named(answer, texts) == wanted)
+
+
+def named(answer: str, texts: Sequence[str]) -> frozenset[int] | None:
+    """The options an answer names, by index (A is 0), or None. `texts`: the options without letters, casefolded; may be empty."""
+    answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer
+    return _letters(answer, len(texts) or 26) or _labelled(answer, texts) or _by_text(answer, texts)
+
+
+def _letters(answer: str, count: int) -> frozenset[int] | None:
+    """`A`, `(A)`, `A, B`, `A and B`, or capitals in a row (`ABD`)."""
+    parts = [p for p in _SEPARATOR.split(answer) if p]
+    run = parts[0].strip("()[].") if len(parts) == 1 else ""
+    if len(run) > 1 and run.isascii() and run.isalpha() and run.isupper() and len(set(run)) == len(run):
+        return _indices(run, count)
+    matches = [_LETTER.fullmatch(p) for p in parts]
+    return _indices([m[1] for m in matches if m], count) if matches and all(matches) else None
+
+
+def _labelled(answer: str, texts: Sequence[str]) -> frozenset[int] | None:
+    """`B. cat`: the letter counts, unless the text is another option's."""
+    match = _LABELLED.fullmatch(answer)
+    if not match:
+        return None
+    found = _indices(match[1] or match[2], len(texts) or 26)
+    other = _by_text(match[3], texts)
+    return found if other is None or other == found else None
+
+
+def _by_text(answer: str, texts: Sequence[str]) -> frozenset[int] | None:
+    """An option's own text, or several separated by commas or semicolons."""
+    text = answer.casefold()
+    if text in texts:
+        return frozenset({texts.index(text)})
+    parts = [p.strip() for p in re.split("[;,]", text)]
+    return frozenset(texts.index(p) for p in parts) if len(parts) > 1 and all(p in texts for p in parts) else None
+
+
+def _indices(letters: Sequence[str], count: int) -> frozenset[int] | None:
+    found = frozenset(ord(x.upper()) - ord("A") for x in letters)
+    return found if max(found) < count else None
+
+
+def _texts(options: Sequence[str]) -> list[str]:
+    """Options without their letters: `A. cat`, `(A) cat` and `cat` are all `cat`; the letter must be the option's own place."""
+    out = []
+    for index, option in enumerate(_plain(o) for o in options):
+        match = _LABELLED.fullmatch(option)
+        own = match and (match[1] or match[2]).upper() == chr(ord("A") + index)
+        out.append((match[3] if match and own else option).strip(" .").casefold())
+    return out
+
+
+def _plain(text: str) -> str:
+    return _LATEX.sub(r"\1", clean(text)).strip(" .*_`\"'")

@@ -1,0 +1,107 @@
+"""Numerical answers, 0 or 1: as text, as plain numbers, and only then as LaTeX by math-verify.
+
+Plain numbers are decided here, quickly and surely. What needs a parser is left to `grade`, which may take for ever on
+hostile input (`9^{9^{9}}`) and therefore runs in a killable worker only. math-verify is called without its own timeouts:
+they use signal.alarm, which raises off the main thread.
+"""
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from sophiavl_fast.rewards.graders.task import Task, clean
+
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]?)\s?"
+    r"(?P<top>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?P<exp>[eE][+-]?[0-9]{1,4})?"
+    r"(?:\s?/\s?(?P<bottom>[0-9]+(?:\.[0-9]+)?))?"
+    r"\s?(?P<percent>\\?%)?")
+_SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)(?![A-Za-z0-9])")
+_MINUS = str.maketrans({"−": "-", "–": "-", "\N{FULLWIDTH PERCENT SIGN}": "%"})
+_MARKUP = " *_`."
+_LONGEST = 64  # characters of a plain number; longer ones go the slow way
+
+
+class Number:
+    """A plain number as written: its value, whether a percent sign follows, and its digits if it is an integer."""
+
+    __slots__ = ("integer", "percent", "value")
+
+    def __init__(self, match: re.Match[str]) -> None:
+        top = match["sign"] + match["top"].replace(",", "")
+        bottom = float(match["bottom"]) if match["bottom"] else 1.0
+        self.value = float(top + (match["exp"] or "")) / bottom if bottom else math.nan
+        self.percent = match["percent"] is not None
+        self.integer = int(top) if re.fullmatch(r"[+-]?[0-9]+", top) and not (match["exp"] or match["bottom"]) else None
+
+
+def quick(task: Task) -> float | None:
+    """1 or 0 where text or plain numbers decide it, None where a parser must."""
+    answer, gold = _normal(task.answer), _normal(task.gold)
+    if not answer or not gold:
+        return 0.0
+    if answer.casefold() == gold.casefold():
+        return 1.0
+    left, right = _number(answer), _number(gold)
+    if left is None or right is None:
+        return None
+    return float(_same(left, right, task.tolerance))
+
+
+def grade(task: Task) -> float:
+    """1 or 0. May hang or exhaust memory: call it in a worker."""
+    decided = quick(task)
+    if decided is not None:
+        return decided
+    from math_verify import verify
+
+    answer, gold = (_expressions(_normal(text)) for text in (task.answer, task.gold))
+    if not answer or not gold:
+        return 0.0
+    values = _value(answer), _value(gold)
+    if None not in values:
+        return float(close(*values, task.tolerance))
+    return float(verify(gold, answer, timeout_seconds=None))
+
+
+def close(left: float, right: float, tolerance: float) -> bool:
+    """Equal within a relative tolerance; false for what is not finite."""
+    return math.isfinite(left) and math.isfinite(right) and math.isclose(left, right, rel_tol=tolerance)
+
+
+def _normal(text: str) -> str:
+    text = clean(text.translate(_MINUS)).strip(_MARKUP + "")
+    return text.replace("{,}", ",") if "{," in text else text
+
+
+def _number(text: str) -> Number | None:
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
+    return Number(match) if match else None
+
+
+def _same(left: Number, right: Number, tolerance: float) -> bool:
+    """Two integers must be equal to the last digit; a percent sign on one side only may be read as a unit or as 1/100."""
+    if left.integer is not None and right.integer is not None and left.percent == right.percent:
+        return left.integer == right.integer
+    if left.percent == right.percent:
+        return close(left.value, right.value, tolerance)
+    bare, percent = (right, left) if left.percent else (left, right)
+    return close(bare.value, percent.value, tolerance) or close(bare.value, percent.value / 100, tolerance)
+
+
+def _expressions(text: str) -> list[Any]:
+    from math_verify import parse
+
+    text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
+    return parse(f"${text}$", parsing_timeout=None)
+
+
+def _value(parsed: list[Any]) -> float | None:
+    """The real number that an expression stands for (x = 3 stands for 3), None for sets, intervals and words."""
+    from sympy import Eq, Expr
+
+    found = parsed[0]
+    if isinstance(found, Eq) and found.lhs.is_Symbol:
+        found = found.rhs
+    return float(found.evalf()) if isinstance(found, Expr) and found.is_number and found.is_real else None

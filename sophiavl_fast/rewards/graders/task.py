@@ -1,0 +1,23 @@
+"""What a grader gets: plain values that travel to a worker process as JSON."""
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_DOLLARS = re.compile(r"\$+")
+
+
+class Task(NamedTuple):
+    """One answer to grade. `kind` is a problem type, `ocr` and `tolerance` are config.rewards' options."""
+
+    kind: str
+    answer: str
+    gold: str
+    options: tuple[str, ...] = ()
+    ocr: str = "exp_wer"
+    tolerance: float = 1e-6
+
+
+def clean(text: str) -> str:
+    """Dollar signs dropped (as SophiaVL-R1 does before scoring), white space collapsed."""
+    return " ".join(_DOLLARS.sub(" ", text).split())

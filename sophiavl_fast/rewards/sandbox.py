@@ -1,0 +1,137 @@
+"""Graders in processes that can be killed: a persistent pool with time and memory limits.
+
+A symbolic parser can hang or eat all memory on a model's output, and no thread can be stopped. Each worker is a plain
+subprocess (no fork of a process that holds CUDA or threads, no pickle, no re-import of the caller's main module) owned by
+one thread of a pool; a worker that misses its deadline or dies is killed and replaced, and only its own task is lost.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import select
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from sophiavl_fast.errors import EngineError
+from sophiavl_fast.rewards.graders.task import Task
+
+_START_S = 120.0  # importing sympy on a loaded machine
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class Grade(NamedTuple):
+    """An outcome; `killed` says why there is none to be had (the outcome is then the worst one), "" otherwise."""
+
+    outcome: float
+    killed: str = ""
+
+
+class Sandbox:
+    """`workers` grader processes, started on the first task. Usable from any thread; close() ends every process."""
+
+    def __init__(self, workers: int, timeout_s: float, memory_mb: int) -> None:
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = [_Worker(timeout_s, memory_mb) for _ in range(workers)]
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def submit(self, task: Task, worst: float = 0.0) -> Future[Grade]:
+        """Grade in the background; the future never raises for what a grader does. `worst`: the outcome when it is killed."""
+        return self._threads.submit(self._grade, task, worst)
+
+    def _grade(self, task: Task, worst: float) -> Grade:
+        worker = self._idle.get()
+        try:
+            found = worker.grade(task)
+            return Grade(worst, found) if isinstance(found, str) else Grade(found)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Drop what is waiting, end every worker at once."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.interrupt()
+        self._threads.shutdown(wait=True)
+        for worker in self._workers:
+            worker.kill()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """One grader process, started when needed."""
+
+    def __init__(self, timeout_s: float, memory_mb: int) -> None:
+        self._timeout_s, self._memory_mb = timeout_s, memory_mb
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def grade(self, task: Task) -> float | str:
+        """The outcome, or why there is none."""
+        process = self._process or self._start()
+        try:
+            _write(process, json.dumps(task).encode() + b"\n")
+            reply = _read_line(process, self._timeout_s)
+        except BrokenPipeError:
+            reply = b""
+        if not reply:
+            expired = reply is None
+            self.kill()
+            died = f"grader process ended with code {process.returncode} (memory limit {self._memory_mb} MB)"
+            return f"grader killed after {self._timeout_s:g} s" if expired else died
+        found = json.loads(reply)
+        return found if isinstance(found, float) and math.isfinite(found) else f"grader failed: {found}"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "sophiavl_fast.rewards.worker", str(self._memory_mb), str(self._timeout_s)]
+        self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                                   bufsize=0, env=os.environ | _ENVIRONMENT)
+        if not _read_line(process, _START_S):
+            self.kill()
+            raise EngineError(f"grader process did not start (exit code {process.returncode}); run by hand: {' '.join(command)}")
+        return process
+
+    def kill(self) -> None:
+        """End the process and forget it; the next task starts a new one. For the thread that owns the worker."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def interrupt(self) -> None:
+        """End the process from another thread: the owner then reads the end of its output."""
+        if self._process is not None:
+            self._process.kill()
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(process.stdin.fileno(), left):]
+
+
+def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+    """One line of the process's output, b"" when it has ended, None when the time is over."""
+    deadline, line = time.monotonic() + seconds, b""
+    pipe = process.stdout.fileno()
+    while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            return None
+        chunk = os.read(pipe, 65536)
+        if not chunk:
+            return b""
+        line += chunk
+    return line

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from sophiavl_fast.errors import UserError
 
 SAMPLE = 256
 """Records that data.check: sample reads of each dataset, evenly spaced."""
+
+_CHUNK = 64            # records a thread takes at once
+_REPORT_EVERY_S = 15.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,23 +52,35 @@ class _Finding:
 
 
 def check_dataset(dataset: Dataset, processor: Processor | None = None, *, max_tokens: int | None = None, sample: int | None = None,
-                  workers: int = 2, progress: bool = False) -> Summary:
-    """Read every record and image of `dataset`, or `sample` evenly spaced ones, in threads; prompt tokens are counted with a processor."""
+                  workers: int = 2, on_progress: Callable[[int, int], None] | None = None) -> Summary:
+    """Read every record and image of `dataset`, or `sample` evenly spaced ones, in threads; prompt tokens are counted with a processor.
+
+    `on_progress` is told (records done, records to do).
+    """
     count = min(len(dataset), sample or len(dataset))
     out, started = Summary(name=dataset.name, records=len(dataset), checked=count), time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ThreadPoolExecutor(workers) as pool, Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        rows = [i * len(dataset) // count for i in range(count)]
-        for found in bar.track(pool.map(lambda i: _look(dataset, i, processor, max_tokens), rows), total=count, description=dataset.name):
-            if found.bad:
-                out.bad.append(found.bad)
-                continue
-            out.types[found.type] += 1
-            out.images[len(found.sizes)] += 1
-            out.sizes += found.sizes
-            out.tokens += [] if found.tokens is None else [found.tokens]
+    rows = [i * len(dataset) // count for i in range(count)]
+    chunks = [rows[i:i + _CHUNK] for i in range(0, count, _CHUNK)]
+    with ThreadPoolExecutor(workers) as pool:
+        done = 0
+        for findings in pool.map(lambda chunk: [_look(dataset, i, processor, max_tokens) for i in chunk], chunks):
+            for found in findings:
+                _count(out, found)
+            done += len(findings)
+            if on_progress:
+                on_progress(done, count)
     out.seconds = time.perf_counter() - started
     return out
+
+
+def _count(out: Summary, found: _Finding) -> None:
+    if found.bad:
+        out.bad.append(found.bad)
+        return
+    out.types[found.type] += 1
+    out.images[len(found.sizes)] += 1
+    out.sizes += found.sizes
+    out.tokens += [] if found.tokens is None else [found.tokens]
 
 
 def _look(dataset: Dataset, index: int, processor: Processor | None, max_tokens: int | None) -> _Finding:
@@ -85,7 +101,8 @@ def _look(dataset: Dataset, index: int, processor: Processor | None, max_tokens:
 def check_before_training(datasets: Sequence[Dataset], processor: Processor, config: Data) -> list[Summary]:
     """Check the training sets by data.check. Raises BadRecord for the first bad one where data.on_error is refuse, else warns of how many."""
     sample = SAMPLE if config.check == "sample" else None
-    found = [check_dataset(d, processor, max_tokens=config.max_prompt_tokens, sample=sample, workers=config.workers, progress=True) for d in datasets]
+    found = [check_dataset(d, processor, max_tokens=config.max_prompt_tokens, sample=sample, workers=config.workers, on_progress=_lines(d.name))
+             for d in datasets]
     for summary in found:
         if summary.bad and config.on_error == "refuse":
             more = f" (and {len(summary.bad) - 1} more: `data check {summary.name}` lists them)" if len(summary.bad) > 1 else ""
@@ -94,6 +111,19 @@ def check_before_training(datasets: Sequence[Dataset], processor: Processor, con
             logging.getLogger(__name__).warning("%s: %d of %d records cannot be used and are replaced when met; the first: %s",
                                                 summary.name, len(summary.bad), summary.checked, summary.bad[0])
     return found
+
+
+def _lines(name: str) -> Callable[[int, int], None]:
+    """Plain progress lines on stderr, one every few seconds: the trainer's own display may hold the terminal."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _REPORT_EVERY_S:
+            last = time.monotonic()
+            print(f"data check {name}: {done:,} of {total:,} records", file=sys.stderr, flush=True)
+
+    return report
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
@@ -123,7 +153,11 @@ def command(name: str, *, registry: str | Path = "", model: str = "", templates:
     """`data check NAME`: print the summary; the exit code is 2 where a record is bad."""
     dataset = Dataset.open(name, registry, template=templates)
     processor = Processor(model) if model else None
-    summary = check_dataset(dataset, processor, max_tokens=Data().max_prompt_tokens, progress=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=len(dataset))
+        summary = check_dataset(dataset, processor, max_tokens=Data().max_prompt_tokens,
+                                on_progress=lambda done, total: bar.update(task, completed=done, total=total))
     print_summary(summary)
     dataset.close()
     return 2 if summary.bad else 0

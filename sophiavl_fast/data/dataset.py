@@ -76,9 +76,9 @@ class Dataset:
         """The record ready for both engines. Raises BadRecord, also where it is longer than `max_tokens`."""
         example = self.example(index)
         try:
-            self.length(example, processor, max_tokens)
-            messages = self._messages(example)
-            text, token_ids, expanded, resized, pixels, grid = processor.prepare(messages, [images.decode(i) for i in example.images])
+            decoded = [images.decode(i) for i in example.images]
+            text, token_ids, expanded, resized, pixels, grid = processor.prepare(self._messages(example), decoded)
+            _refuse_long(len(expanded), max_tokens)
         except UserError as error:
             raise BadRecord(f"{example.where}: {error}") from None
         return Prompt(
@@ -92,8 +92,7 @@ class Dataset:
         """Prompt tokens, image tokens included, from image headers alone. Raises UserError above `max_tokens`: a prompt is never cut."""
         _, token_ids = processor.tokenize(self._messages(example), len(example.images))
         length = processor.expanded_length(token_ids, [images.size(i) for i in example.images])
-        if max_tokens is not None and length > max_tokens:
-            raise UserError(f"the prompt has {length} tokens, more than data.max_prompt_tokens = {max_tokens}")
+        _refuse_long(length, max_tokens)
         return length
 
     def _messages(self, example: Example) -> list[dict[str, Any]]:
@@ -105,8 +104,10 @@ class Dataset:
         problem = _text(value["prompt"], entry.columns["prompt"])
         if not problem.strip():
             raise UserError(f"empty question ('{entry.columns['prompt']}')")
-        record = {k: v for k, v in row.items() if k != entry.columns["images"]}
         found = images.references(value["images"], entry.image_base_path)
+        if not found and str(value["data_type"]).casefold() == "image":
+            raise UserError(f"data_type is 'image', but '{entry.columns['images']}' names none")
+        record = {k: v for k, v in row.items() if k != entry.columns["images"]}
         record[entry.columns["images"]] = [i.path for i in found]
         if entry.reasoning_check:
             record.setdefault("reasoning_check", entry.reasoning_check)
@@ -139,6 +140,11 @@ def problem_type(name: Any) -> str:
     if found is None:
         raise UserError(f"unknown problem_type '{name}'{nearest(name.casefold(), templates.TYPES)}")
     return found
+
+
+def _refuse_long(length: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and length > max_tokens:
+        raise UserError(f"the prompt has {length} tokens, more than data.max_prompt_tokens = {max_tokens}")
 
 
 def _gold(value: Any, column: str) -> str:

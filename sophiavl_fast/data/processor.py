@@ -73,7 +73,7 @@ class Processor:
         """Chat messages and their RGB images -> (text, token_ids, expanded_ids, resized images, pixel_values, grid).
 
         text and token_ids hold one placeholder an image, expanded_ids one image token a feature; pixel_values is [N, C] fp32 and
-        grid [I, 3] int64, None without images. Raises UserError: special tokens in the text, an image no processor takes.
+        grid [I, 3] int64, None without images (grid also where the family has none). Raises UserError: special tokens in the text, an image no processor takes.
         """
         text, token_ids = self.tokenize(messages, len(images))
         if not images:
@@ -81,7 +81,7 @@ class Processor:
         resized = [self._resized(image) for image in images]
         features = self._images(images=resized, return_tensors="pt")
         expansions = [self._ids(self._hf.replace_image_token(features, i)) for i in range(len(images))]
-        return text, token_ids, self._expanded(token_ids, expansions), resized, features["pixel_values"], features["image_grid_thw"]
+        return text, token_ids, self._expanded(token_ids, expansions), resized, features["pixel_values"], features.get("image_grid_thw")
 
     def tokenize(self, messages: Sequence[dict[str, Any]], images: int) -> tuple[str, list[int]]:
         """The chat text and its ids, one placeholder an image. Raises UserError where user text smuggles in a special token."""

@@ -23,12 +23,14 @@ class Rows(Protocol):
     def close(self) -> None: ...
 
 
-def open_rows(path: Path, split: str = "train") -> Rows:
-    """Rows of a .json, .jsonl or .parquet file, or of a folder of parquet files (`split` chooses among them). Raises UserError."""
+def open_rows(path: Path, split: str = "") -> Rows:
+    """Rows of a .json, .jsonl or .parquet file, or of a folder of parquet files, where `split` chooses ("": train). Raises UserError."""
+    if split and not path.is_dir():
+        raise UserError(f"split '@{split}': data file '{path}' is not a folder of parquet files")
     if path.is_dir() or path.suffix == ".parquet":
         from sophiavl_fast.data.parquet import ParquetRows
 
-        return ParquetRows(path, split)
+        return ParquetRows(path, split or "train")
     if not path.is_file():
         raise UserError(f"data file '{path}' does not exist")
     if path.suffix == ".jsonl":

@@ -30,7 +30,7 @@ ROLES = {
 class Entry:
     """One registered dataset, its paths absolute.
 
-    `columns` maps each role to the column that plays it. Beside the three keys of dataset_info.json an entry may hold
+    `name` is as asked for, split included; `columns` maps each role to the column that plays it. Beside the three keys of dataset_info.json an entry may hold
     `template` (prompt template of this set alone), `problem_type` (type of records that name none) and `reasoning_check`
     (name of the rule that judges reasoning in evaluation).
     """
@@ -38,7 +38,7 @@ class Entry:
     name: str
     file_path: Path
     image_base_path: Path
-    split: str = "train"
+    split: str = ""
     columns: Mapping[str, str] = field(default_factory=lambda: dict(ROLES))
     template: str = ""
     problem_type: str = ""
@@ -58,7 +58,7 @@ def find(name: str, registry: str | Path = "") -> Entry:
         known |= {key: (value, file) for key, value in _read(file).items()}
     if base not in known:
         raise UserError(f"dataset '{base}' is not in registry '{files[0]}'{nearest(base, known)}")
-    return _entry(base, split or "train", *known[base])
+    return _entry(name, split, *known[base])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, split: str, raw: dict[str, Any], file: Path) -> Entry:
-    where = f"registry '{file}', dataset '{name}'"
+    where = f"registry '{file}', dataset '{name.partition('@')[0]}'"
     for key in raw:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key '{key}'{nearest(key, KEYS)}")

@@ -35,7 +35,13 @@ def open_rollout(config: Config, *, stop_ids: list[int], banned_ids: list[int], 
         from sophiavl_fast.rollout.inline import InlineRollout
 
         return InlineRollout(config, stop_ids=stop_ids, banned_ids=banned_ids, decode=decode, device=kind, nonce=nonce)
-    raise UserError("rollout.engine: server is not there yet; use rollout.engine=inline")
+    from sophiavl_fast.rollout.client import ServerRollout
+
+    urls = config.rollout.urls[replica::replicas]
+    if config.rollout.urls and not urls:
+        raise UserError(f"rollout.urls names {len(config.rollout.urls)} servers for {replicas} data-parallel replicas; each replica needs its own")
+    return ServerRollout(config, urls=urls, stop_ids=stop_ids, banned_ids=banned_ids, decode=decode, device=kind, nonce=nonce,
+                         run_dir=run_dir, on_wait=on_wait)
 
 
 def _check_ids(stop_ids: list[int], banned_ids: list[int], vocab_size: int) -> None:

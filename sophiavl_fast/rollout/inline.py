@@ -124,7 +124,8 @@ class InlineControl:
         self._engine.set_weight_version(label)
 
     def reset_caches(self) -> None:
-        self._engine.reset_prefix_cache()
+        if not self._engine.reset_prefix_cache():
+            raise EngineError(f"{self.name}: the prefix cache could not be reset, requests are still in flight")
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
 

@@ -69,6 +69,7 @@ class Transfer:
             lap("send_s")
         self._compare(sums)
         self._all(lambda c: c.finish(f"{self.nonce}:{version}"))
+        self.channel.committed()
         lap("load_s")
         self._all(lambda c: c.reset_caches())
         self._all(lambda c: c.resume())

@@ -15,5 +15,8 @@ class InprocChannel:
     def send(self, bucket: Bucket) -> None:
         self._control.update({"weights": bucket})
 
+    def committed(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

@@ -8,15 +8,19 @@ from torch import Tensor
 
 
 class Group:
-    """Rank 0 is the trainer and hosts the store. Every operation ends by `timeout_s`."""
+    """Rank 0 is the trainer; `store` is where the members meet. Every operation ends by `timeout_s`."""
 
-    def __init__(self, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
-        timeout = timedelta(seconds=timeout_s)
-        self.store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", self.store), rank, world_size, timeout)
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+        self._store = store
+        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout_s))
 
     def broadcast(self, tensor: Tensor) -> None:
         """From rank 0 to all, in place; blocks. Raises RuntimeError when a member is gone or the time is out."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self._gloo.broadcast([tensor], options).wait()
+
+
+def open_store(host: str, port: int, world_size: int, timeout_s: float, *, master: bool) -> dist.TCPStore:
+    """The meeting place; the master takes port 0 for a free one (`store.port`)."""
+    return dist.TCPStore(host, port, world_size, is_master=master, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)

@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from sophiavl_fast.rollout.transfer.process_group import Group
+from sophiavl_fast.rollout.transfer.process_group import Group, open_store
 
 
 class _Reload(WeightTransferEngine):
@@ -61,7 +61,7 @@ class GlooInit(WeightTransferInitInfo):
 @dataclass
 class GlooUpdate(WeightTransferUpdateInfo):
     names: list[str]
-    dtypes: list[str]
+    dtype_names: list[str]
     shapes: list[list[int]]
 
 
@@ -72,13 +72,14 @@ class GlooReceiver(_Reload):
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         config: Any = self.parallel_config
         rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
-        self.group = Group(init_info.host, init_info.port, rank, init_info.world_size, init_info.timeout_s)
+        store = open_store(init_info.host, init_info.port, init_info.world_size, init_info.timeout_s, master=False)
+        self.group = Group(store, rank, init_info.world_size, init_info.timeout_s)
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
         group = self.group
 
         def arriving():
-            for name, dtype, shape in zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True):
+            for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype))
                 group.broadcast(tensor)
                 yield name, tensor

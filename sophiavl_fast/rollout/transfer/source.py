@@ -32,6 +32,12 @@ def buckets(source: WeightSource, limit: int = BUCKET_BYTES) -> Iterator[Bucket]
         yield bucket
 
 
+def description(bucket: Bucket) -> dict[str, list]:
+    """names, dtype_names and shapes: what a receiver must know before the bytes come."""
+    return {"names": [name for name, _ in bucket], "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+            "shapes": [list(t.shape) for _, t in bucket]}
+
+
 def checkpoint_names(path: str) -> list[str]:
     """Names of all tensors in a Hugging Face folder's safetensors files; reads headers only."""
     index = Path(path) / "model.safetensors.index.json"

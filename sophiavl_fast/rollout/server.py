@@ -1,0 +1,110 @@
+"""Life of a spawned vLLM server: start under a supervisor, wait until it answers, quote its log, end it."""
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import httpx
+
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import EngineError, UserError
+from sophiavl_fast.rollout.arguments import as_flags, engine_arguments
+from sophiavl_fast.rollout.environment import child_environment
+from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
+
+LOG_LINES = 12
+CLOSE_S = 15.0
+
+
+class Server:
+    """A vLLM server on 127.0.0.1 that dies with this process. backend: weight transfer backend."""
+
+    def __init__(self, config: Config, *, device: str, backend: str, run_dir: str | Path, name: str = "rollout") -> None:
+        self.token = secrets.token_urlsafe(32)
+        self.url = f"http://127.0.0.1:{pick_port(config.rollout.port)}"
+        self.log = Path(run_dir) / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        env = child_environment(device, os.environ, server_variables(self.token, backend))
+        command = [sys.executable, "-m", "sophiavl_fast.rollout.supervisor", *server_command(config, device, backend, self.url)]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        atexit.register(self.close)
+
+    def wait_ready(self, timeout_s: float, on_wait: Callable[[float], None] | None = None) -> None:
+        """Block until /health answers. Raises EngineError with the log's last lines when it ends or takes too long."""
+        start = time.monotonic()
+        with httpx.Client(base_url=self.url, headers=authorization(self.token), timeout=5.0, trust_env=False) as client:
+            while True:
+                self.refuse_dead("start")
+                try:
+                    if client.get("/health").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    pass
+                waited = time.monotonic() - start
+                if waited > timeout_s:
+                    raise EngineError(f"rollout server {self.url} did not answer within {timeout_s:g} s of its start{self.tail()}")
+                if on_wait:
+                    on_wait(waited)
+                time.sleep(0.2)
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def refuse_dead(self, phase: str) -> None:
+        """Raise EngineError when the server has ended."""
+        if not self.alive():
+            raise EngineError(f"rollout server {self.url} ended during {phase} (exit code {self._process.returncode}){self.tail()}")
+
+    def tail(self) -> str:
+        """The log's last lines, for an error message."""
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return f"; last lines of {self.log}:\n  " + "\n  ".join(lines) if lines else f"; {self.log} is empty"
+
+    def close(self) -> None:
+        """End server and supervisor; what does not end is killed with its whole process group."""
+        atexit.unregister(self.close)
+        if self._process.stdin and not self._process.stdin.closed:
+            self._process.stdin.close()
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def server_command(config: Config, device: str, backend: str, url: str) -> list[str]:
+    """vLLM's API server as a command line. `vllm serve` looks up its own package's name, which the CPU build changes."""
+    host, port = url.removeprefix("http://").split(":")
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", port, "--served-model-name", "policy",
+            "--middleware", "sophiavl_fast.rollout.middleware.TokenMiddleware", "--enable-scale-out", "--disable-uvicorn-access-log",
+            *as_flags(engine_arguments(config, device, backend))]
+
+
+def server_variables(token: str, backend: str) -> dict[str, str]:
+    """Environment that only a server gets. CUDA IPC handles travel pickled: on loopback, behind the token, or not at all."""
+    return {TOKEN_VARIABLE: token} | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if backend == "ipc" else {})
+
+
+def authorization(token: str) -> Mapping[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def pick_port(port: int) -> int:
+    """The port itself if it is free, a free one for 0; UserError when it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"rollout.port = {port} cannot be had on 127.0.0.1 ({error.strerror.lower()}); "
+                            "choose another, or 0 for a free one") from None
+        return probe.getsockname()[1]

@@ -1,0 +1,60 @@
+"""Between trainer and server: runs the server, and ends everything it started once the trainer is gone.
+
+`python -m sophiavl_fast.rollout.supervisor COMMAND...`, started by the trainer in a session of its own with a pipe as standard
+input. The pipe's end, or another parent, means that the trainer has ended, by whatever signal. vLLM's engine and
+worker processes outlive a killed API server, so as a subreaper the supervisor inherits them and kills them too.
+Imports nothing heavy: it lives as long as the run.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+POLL_S = 0.2
+GRACE_S = 5.0
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def main(command: list[str]) -> int:
+    """Run the command until it ends or the parent does; returns its exit code (0 when the parent ended)."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    try:
+        while child.poll() is None and os.getppid() == parent:
+            if select.select([0], [], [], POLL_S)[0] and not os.read(0, 1):
+                break
+        return child.poll() or 0
+    finally:
+        end_family(child)
+
+
+def end_family(child: subprocess.Popen) -> None:
+    """Ask the server to end, then kill what is left of it, grandchildren included."""
+    if child.poll() is None:
+        child.terminate()
+    deadline = time.monotonic() + GRACE_S
+    while (family := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        _, alive = psutil.wait_procs(family, timeout=POLL_S)
+        if child.poll() is not None and alive:
+            break                      # the server has ended and left these behind
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

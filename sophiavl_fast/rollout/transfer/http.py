@@ -1,0 +1,73 @@
+"""Control plane of a vLLM server: its RLHF routes, each call with a deadline and an error that says who and when."""
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from sophiavl_fast.errors import EngineError
+from sophiavl_fast.rollout.server import Server, authorization
+
+
+class HttpControl:
+    """Control over HTTP. server: the spawned one at this address, whose log errors quote; None for one found running."""
+
+    def __init__(self, url: str, token: str, timeout_s: float, server: Server | None) -> None:
+        self.name, self._timeout_s, self._server = f"rollout server {url}", timeout_s, server
+        self._client = httpx.Client(base_url=url, headers=authorization(token), timeout=timeout_s, trust_env=False)
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        return self._post("/collective_rpc", json={"method": method, "args": args, "timeout": self._timeout_s}, phase=method).json()["results"]
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        self._post("/init_weight_transfer_engine", json={"init_info": info})
+
+    def start(self) -> None:
+        self._post("/start_weight_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        self._post("/update_weights", json={"update_info": info})
+
+    def finish(self, label: str) -> None:
+        self._post("/finish_weight_update", json={"weight_version": label})
+
+    def label(self, label: str) -> None:
+        """Name the weights it holds without sending any."""
+        self._post("/update_weight_version", json={"new_version": label})
+
+    def reset_caches(self) -> None:
+        if not self._post("/reset_prefix_cache").json()["success"]:
+            raise EngineError(f"{self.name}: the prefix cache could not be reset, requests are still in flight")
+        self._post("/reset_mm_cache")
+        self._post("/reset_encoder_cache")
+
+    def pause(self) -> None:
+        self._post("/pause", params={"mode": "wait"})
+
+    def resume(self) -> None:
+        self._post("/resume")
+
+    def workers(self) -> int:
+        return self._request("GET", "/get_world_size", "get_world_size").json()["world_size"]
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _post(self, route: str, phase: str = "", **content: Any) -> httpx.Response:
+        return self._request("POST", route, phase or route[1:], **content)
+
+    def _request(self, method: str, route: str, phase: str, **content: Any) -> httpx.Response:
+        try:
+            response = self._client.request(method, route, **content)
+        except httpx.TimeoutException:
+            raise EngineError(f"{self.name} did not answer {phase} within {self._timeout_s:g} s{self._tail()}") from None
+        except httpx.TransportError as error:
+            raise EngineError(f"{self.name} cannot be reached for {phase} ({error}){self._tail()}") from None
+        if response.status_code == 401:
+            raise EngineError(f"{self.name} refused this run's token at {phase}")
+        if response.status_code != 200:
+            raise EngineError(f"{self.name} failed at {phase} with status {response.status_code}: {response.text[:400]}{self._tail()}")
+        return response
+
+    def _tail(self) -> str:
+        return self._server.tail() if self._server else ""

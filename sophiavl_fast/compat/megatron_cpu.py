@@ -18,7 +18,7 @@ import torch.utils._device
 
 with warnings.catch_warnings():  # "Transformer Engine and Apex are not installed": they are not needed
     warnings.simplefilter("ignore")
-    import megatron.core.optimizer
+    import megatron.core.optimizer  # noqa: F401  (the module that warns)
     import megatron.core.tensor_parallel.random as megatron_random
 
 CPU = torch.device("cpu")

@@ -22,6 +22,7 @@ from sophiavl_fast.errors import UserError
 if TYPE_CHECKING:
     from sophiavl_fast.policy.distributed import Layout
 
+HEAD, EMBEDDING = ("lm_head.weight",), ("model.embed_tokens.weight",)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -87,17 +88,24 @@ def parameters(model: nn.Module, family: Any) -> Iterator[tuple[str, Rule, nn.Pa
         yield name, family.rule(name, first_layer), parameter
 
 
-@torch.no_grad()
 def load(model: nn.Module, family: Any, heads: Heads, layout: Layout) -> None:
     """Fill every parameter from the family's model folder. Raises UserError for a missing or misshapen tensor."""
-    read = Folder(family.folder, family.published)
+    fill(model, family, heads, layout, Folder(family.folder, family.published), lambda p, part: p.data.copy_(part))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, family: Any, heads: Heads, layout: Layout, read: Callable[[str], Tensor],
+         put: Callable[[nn.Parameter, Tensor], Any], select: Callable[[nn.Parameter], bool] = lambda p: True) -> None:
+    """Read published tensors with `read`, cut them to this rank's part and `put` it for every selected parameter."""
     rank = dist.get_rank(layout.tp_group)
     for name, rule, parameter in parameters(model, family):
-        names = ("model.embed_tokens.weight",) if rule.names == ("lm_head.weight",) and family.tied else rule.names
+        if not select(parameter):
+            continue
+        names = EMBEDDING if family.tied and rule.names == HEAD else rule.names
         part = shard(rule.kind, [read(n) for n in names], heads, layout.tensor, rank)
         if part.shape != parameter.shape:
-            raise UserError(f"model.path = '{family.folder}': {', '.join(names)} gives {list(part.shape)} for {name}, expected {list(parameter.shape)}")
-        parameter.copy_(part)
+            raise UserError(f"{', '.join(names)} gives {list(part.shape)} for {name}, expected {list(parameter.shape)}")
+        put(parameter, part)
 
 
 def shard(kind: str, tensors: list[Tensor], heads: Heads, size: int, rank: int) -> Tensor:
@@ -132,23 +140,21 @@ def unshard(kind: str, parts: list[Tensor], heads: Heads) -> list[Tensor]:
 
 
 @torch.no_grad()
-def full_tensors(model: nn.Module, family: Any, heads: Heads, layout: Layout,
-                 value: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> Iterator[tuple[str, Tensor]]:
-    """(published name, full tensor on the device), every rank iterating together. `value` picks what to read of a parameter."""
-    local = [(rule, value(p)) for _, rule, p in parameters(model, family)]
-    entries: list[tuple[int, Rule, torch.Size, torch.dtype]] = [(dist.get_rank(layout.pp_group), r, t.shape, t.dtype) for r, t in local]
+def full_tensors(model: nn.Module, family: Any, heads: Heads, layout: Layout, value: Callable[[nn.Parameter], Tensor] = lambda p: p.detach(),
+                 *, dtype: torch.dtype | None = None, select: Callable[[nn.Parameter], bool] = lambda p: True) -> Iterator[tuple[str, Tensor]]:
+    """(published name, full tensor on the device), every rank iterating together.
+
+    `value` gives what to read of a selected parameter, in its shape and in `dtype` (None: the parameter's own).
+    """
+    local = {rule.names: (rule, p) for _, rule, p in parameters(model, family) if select(p) and not (family.tied and rule.names == HEAD)}
+    entries = [(dist.get_rank(layout.pp_group), rule, p.shape, dtype or p.dtype) for rule, p in local.values()]
     if layout.pipeline > 1:
         stages: list[Any] = [None] * layout.pipeline
         dist.all_gather_object(stages, entries, group=layout.pp_group)
         entries = [entry for stage in stages for entry in stage]
-    held = {rule.names: t for rule, t in local}
-    seen: set[tuple[str, ...]] = set()
-    for stage, rule, shape, dtype in entries:
-        if rule.names in seen or (family.tied and rule.names == ("lm_head.weight",)):
-            continue
-        seen.add(rule.names)
+    for stage, rule, shape, kind in entries:
         mine = stage == dist.get_rank(layout.pp_group)
-        part = held[rule.names].contiguous() if mine else torch.empty(shape, dtype=dtype, device=layout.device)
+        part = value(local[rule.names][1]).contiguous() if mine else torch.empty(shape, dtype=kind, device=layout.device)
         if layout.pipeline > 1:
             dist.broadcast(part, dist.get_global_rank(layout.pp_group, stage), group=layout.pp_group)
         parts = [part]

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from torch import nn
+from torch import Tensor, nn
 
 from sophiavl_fast.config import Config, Optim
 from sophiavl_fast.errors import EngineError
+from sophiavl_fast.policy.distributed import Layout
 
 
 def learning_rate(optim: Optim, update: int, total: int) -> float:
@@ -67,6 +70,48 @@ def step(optimizer: ChainedOptimizer, model: DistributedDataParallel, *, rate: f
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
     optimizer.step_with_ready_grads()
     return norm
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class Shard:
+    """This replica rank's part of a parameter in the distributed optimizer: flat fp32 main weights [begin:end] and their moments."""
+
+    main: Tensor
+    begin: int
+    end: int
+    moments: dict[str, Tensor]
+
+
+def shard_of(optimizer: ChainedOptimizer, parameter: nn.Parameter) -> Shard | None:
+    """None where another replica keeps all of the parameter; moments that no step has made yet are made, as zeros."""
+    for part in optimizer.chained_optimizers:
+        if parameter in part.model_param_group_index_map:
+            group, order = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][order]
+            state = part.optimizer.state[main]
+            if not state:
+                state |= {"step": torch.tensor(0.0)} | {key: torch.zeros_like(main) for key in MOMENTS}
+            where = part._get_model_param_range_map(parameter)["param"]
+            return Shard(main, where.start, where.end, {key: state[key] for key in MOMENTS})
+    return None
+
+
+def set_steps(optimizer: ChainedOptimizer, updates: int) -> None:
+    """Every parameter has taken part in every update, so that Adam's step count is one number."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            state["step"] = torch.tensor(float(updates))
+
+
+def gathered(optimizer: ChainedOptimizer, layout: Layout, parameter: nn.Parameter, pick: Callable[[Shard], Tensor]) -> Tensor:
+    """The fp32 tensor in the parameter's shape whose parts `pick` takes from each replica's shard; all replicas call it together."""
+    whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+    if (shard := shard_of(optimizer, parameter)) is not None:
+        whole.view(-1)[shard.begin:shard.end] = pick(shard).view(-1)
+    return layout.sum_over_replicas(whole) if layout.replicas > 1 else whole
 
 
 def _not_finite(model: DistributedDataParallel) -> str:

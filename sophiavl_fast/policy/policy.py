@@ -130,8 +130,11 @@ class Policy:
         return mapping.full_tensors(self.model, self.family, self.heads, self.layout)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(published name, full fp32 gradient) of the last update's backward pass, frozen parameters as zeros: for tests and debugging."""
-        return mapping.full_tensors(self.model, self.family, self.heads, self.layout, lambda p: p.main_grad if p.requires_grad else torch.zeros_like(p))
+        """(published name, full fp32 gradient) that the last update stepped on, after clipping; trained parameters only."""
+        def reduced(p: torch.nn.Parameter) -> Tensor:
+            return optimizer.gathered(self.optimizer, self.layout, p, lambda shard: p.main_grad.view(-1)[shard.begin:shard.end])
+
+        return mapping.full_tensors(self.model, self.family, self.heads, self.layout, reduced, dtype=torch.float32, select=lambda p: p.requires_grad)
 
     def export(self, out_dir: str | Path) -> Path:
         """Write a Hugging Face folder that plain transformers loads; see export.export."""

@@ -1,0 +1,221 @@
+"""Checkpoints that any layout can load, that no crash can spoil, and that run no code when read.
+
+    RUN/checkpoints/step_N/manifest.json      identity of the model, index of tensors, update count, the recipe's JSON state
+                           part-R-K.safetensors  written by rank R
+
+Tensors are whole and carry published names: `model/NAME` in the policy's dtype, `main/NAME` (fp32 main weights, under
+bf16), `exp_avg/NAME` and `exp_avg_sq/NAME`. Ranks gather them together, one at a time, and take turns in writing. A
+checkpoint is written beside its place, flushed to disk and renamed: what bears the final name is complete.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sophiavl_fast.compat.megatron_cpu import without_cuda
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.policy import mapping
+from sophiavl_fast.policy import optimizer as adam
+from sophiavl_fast.policy.policy import Policy
+
+PART_BYTES = 2 << 30
+COMPLETE = re.compile(r"step_(\d+)|\.step_(\d+)\.replaced")  # the latter for the instant in which a step is saved anew
+
+
+def save(policy: Policy, run_dir: str | Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write RUN/checkpoints/step_N and drop all but the newest `keep`; every rank calls it. Returns the folder.
+
+    state holds JSON values only and comes back from `load`.
+    """
+    target = Path(run_dir) / "checkpoints" / f"step_{step}"
+    draft = target.with_name(f".{target.name}.writing")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    policy.layout.wait("checkpoint")
+    index = _write_parts(policy, draft)
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, index, group=policy.layout.control)
+    if first:
+        tensors = {name: file for part in everyone for name, file in part.items()}
+        manifest = {"step": step, "updates": policy.updates, "identity": _identity(policy), "tensors": tensors, "state": state}
+        _write_json(draft / "manifest.json", manifest)
+        _publish(draft, target)
+        _retain(target.parent, keep)
+    policy.layout.wait("checkpoint")
+    return target
+
+
+def newest(run_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step, None where there is none."""
+    found = [(step, path) for path in (Path(run_dir) / "checkpoints").glob("*step_*") if (step := _step(path)) is not None]
+    return max(found)[1] if found else None
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The recipe's state of a checkpoint, without loading any tensor. Raises UserError where `path` is none."""
+    return _manifest(Path(path))["state"]
+
+
+def load(policy: Policy, path: str | Path, *, optimizer: bool = True) -> dict[str, Any]:
+    """Put a checkpoint into the policy, whatever layout wrote it; returns the recipe's state. Every rank calls it.
+
+    optimizer=False takes the weights only. Raises UserError where the checkpoint is of another model, before anything changes.
+    """
+    folder = Path(path)
+    manifest = _manifest(folder)
+    _check_identity(folder, manifest["identity"], _identity(policy))
+    read = _Reader(folder, manifest["tensors"])
+    with without_cuda(policy.device):
+        _fill(policy, read, "model", lambda p, part: p.data.copy_(part), lambda p: True)
+        if optimizer:
+            _load_optimizer(policy, read, manifest["updates"])
+    if optimizer:
+        policy.updates = manifest["updates"]
+        torch.set_rng_state(read("rng/cpu"))
+    policy.layout.wait("checkpoint")
+    return manifest["state"]
+
+
+def _write_parts(policy: Policy, folder: Path) -> dict[str, str]:
+    """Write this rank's share of the tensors; returns their names and files. Ranks take turns, tensor by tensor."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    index: dict[str, str] = {}
+    held: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()} if rank == 0 else {}
+
+    def flush() -> None:
+        file = f"part-{rank}-{len(set(index.values()))}.safetensors"
+        save_file(held, str(folder / file))
+        _sync(folder / file)
+        index.update(dict.fromkeys(held, file))
+        held.clear()
+
+    for i, (name, tensor) in enumerate(_tensors(policy)):
+        if i % ranks == rank:
+            held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            if sum(t.nbytes for t in held.values()) >= PART_BYTES:
+                flush()
+    if held:
+        flush()
+    return index
+
+
+def _tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    yield from ((f"model/{name}", t) for name, t in policy.weights())
+    picks: dict[str, Callable[[adam.Shard], Tensor]] = {key: lambda shard, key=key: shard.moments[key] for key in adam.MOMENTS}
+    if policy.model.config.params_dtype != torch.float32:
+        picks["main"] = lambda shard: shard.main
+    for key, pick in picks.items():
+        whole = mapping.full_tensors(
+            policy.model, policy.family, policy.heads, policy.layout, lambda p, pick=pick: adam.gathered(policy.optimizer, policy.layout, p, pick),
+            dtype=torch.float32, select=lambda p: p.requires_grad,
+        )
+        yield from ((f"{key}/{name}", t) for name, t in whole)
+
+
+def _load_optimizer(policy: Policy, read: _Reader, updates: int) -> None:
+    def put(key: str) -> Callable[[torch.nn.Parameter, Tensor], None]:
+        def inner(parameter: torch.nn.Parameter, part: Tensor) -> None:
+            if (shard := adam.shard_of(policy.optimizer, parameter)) is not None:
+                place = shard.main.data if key == "main" else shard.moments[key]
+                place.view(-1).copy_(part.reshape(-1)[shard.begin:shard.end])
+        return inner
+
+    for key in (*adam.MOMENTS, *(["main"] if policy.model.config.params_dtype != torch.float32 else [])):
+        _fill(policy, read, key, put(key), lambda p: p.requires_grad)
+    adam.set_steps(policy.optimizer, updates)
+
+
+def _fill(policy: Policy, read: _Reader, key: str, put: Callable[..., Any], select: Callable[..., bool]) -> None:
+    mapping.fill(policy.model, policy.family, policy.heads, policy.layout, lambda name: read(f"{key}/{name}"), put, select)
+
+
+class _Reader:
+    """Tensors of a checkpoint by name, one at a time."""
+
+    def __init__(self, folder: Path, files: dict[str, str]) -> None:
+        self.folder, self.files = folder, files
+        self.open: dict[str, Any] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UserError(f"checkpoint '{self.folder}' holds no tensor '{name}'")
+        file = self.files[name]
+        if file not in self.open:
+            self.open[file] = safe_open(str(self.folder / file), framework="pt")
+        return self.open[file].get_tensor(name)
+
+
+def _identity(policy: Policy) -> dict[str, Any]:
+    """What must agree for a checkpoint to fit: family, sizes, dtype, what is trained."""
+    fields = policy.family.transformer()
+    sizes = {k: fields[k] for k in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    vision = policy.family.hf_config.vision_config
+    return {
+        "model_type": policy.family.name, **sizes, "vocab_size": policy.family.vocab_size, "tie_word_embeddings": policy.family.tied,
+        "vision_depth": vision.depth, "vision_hidden_size": vision.hidden_size, "model.dtype": policy.config.model.dtype,
+        "model.freeze_vision": policy.config.model.freeze_vision,
+    }
+
+
+def _check_identity(folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
+    for key, value in here.items():
+        if stored.get(key) != value:
+            raise UserError(f"checkpoint '{folder}' is of another model: {key} is {stored.get(key)!r} there, {value!r} here")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"'{folder}' is not a checkpoint: manifest.json: {error}") from None
+
+
+def _step(path: Path) -> int | None:
+    match = COMPLETE.fullmatch(path.name)
+    return int(match[1] or match[2]) if match and (path / "manifest.json").is_file() else None
+
+
+def _publish(draft: Path, target: Path) -> None:
+    _sync(draft)
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    draft.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _retain(folder: Path, keep: int) -> None:
+    """Remove old checkpoints; the manifest goes first, so that a half-removed one is never taken for complete."""
+    steps = sorted((step, path) for path in folder.glob("step_*") if (step := _step(path)) is not None)
+    for _, path in steps[:-keep] if keep > 0 else []:
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's contents, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

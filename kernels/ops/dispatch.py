@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import reference_logprob, reference_loss, reference_trust
 
 BACKENDS = ("triton", "cpu", "reference")
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    "linear_logprob": {"reference": reference.linear_logprob},
-    "logits_logprob": {"reference": reference.logits_logprob},
+    "linear_logprob": {"reference": reference_logprob.linear_logprob},
+    "logits_logprob": {"reference": reference_logprob.logits_logprob},
+    "grpo_loss": {"reference": reference_loss.grpo_loss},
+    "trust_advantage": {"reference": reference_trust.trust_advantage},
 }
 
 

@@ -35,7 +35,7 @@ def gradients(outputs, inputs, seed=1):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_matches_log_softmax(shape, temperature, chunk, monkeypatch):
-    monkeypatch.setattr("sophiavl_fast.kernels.reference.SMALL", 1)
+    monkeypatch.setattr("sophiavl_fast.kernels.reference_logprob.SMALL", 1)
     hidden, weight, target = make(*shape)
     target[::5] = -100
     bias = torch.randn(shape[2], requires_grad=True)

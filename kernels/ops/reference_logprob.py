@@ -1,4 +1,4 @@
-"""Plain-PyTorch oracles of every op: what the other backends are checked against, and what runs where none exists."""
+"""Plain-PyTorch oracles of linear_logprob and logits_logprob, and what runs where no other backend exists."""
 from __future__ import annotations
 
 from typing import Any

@@ -48,7 +48,7 @@ def _vllm(config: tree.Config, processor: Processor, prompts: list[Prompt]) -> l
         rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
                                decode=processor.decode, device=device, run_dir=folder)
         stack.callback(rollout.close)
-        return rollout.generate(prompts, n=1, step=0, seed=0, temperature=0.0, greedy=True, max_new_tokens=config.rollout.max_new_tokens)
+        return rollout.generate(prompts, n=1, step=0, seed=0, temperature=0.0, max_new_tokens=config.rollout.max_new_tokens)
 
 
 def _write(path: Path, content: dict) -> None:

@@ -72,9 +72,16 @@ class Layout:
 
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
         """The sum of every replica's tensor, which may lie on the CPU or on the device; the argument is left as it is."""
+        return self._over_replicas(tensor, dist.ReduceOp.SUM)
+
+    def max_over_replicas(self, tensor: Tensor) -> Tensor:
+        """The largest of every replica's values, as sum_over_replicas."""
+        return self._over_replicas(tensor, dist.ReduceOp.MAX)
+
+    def _over_replicas(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         total = tensor.detach().clone()
         if self.replicas > 1:
-            dist.all_reduce(total, group=self.dp_group if total.device.type == "cuda" else self.replicas_control)
+            dist.all_reduce(total, op=how, group=self.dp_group if total.device.type == "cuda" else self.replicas_control)
         return total
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ class Policy:
     def update(self, batches: list[Batch], loss_fn: LossFn, *, entropy: bool = False) -> UpdateResult:
         """One optimizer step on the sum of `loss_fn(batch, logprob [T], entropy [T] or None)` over micro-batches and replicas.
 
-        loss_fn returns (loss, stats [K]): a scalar already divided by its global denominator, and fp32 sums.
+        loss_fn returns (loss, stats [K]): a scalar already divided by its global denominator, and fp32 slots named by kernels.STATS.
         Raises EngineError when a gradient is not finite (the weights are untouched then).
         """
 
@@ -186,7 +186,11 @@ class Policy:
         return held
 
     def _combine(self, stats: list[Tensor]) -> Tensor:
-        total = self.sum_over_replicas(torch.stack(stats).sum(0)) if self.layout.last_stage else None
+        """Statistics of all micro-batches and replicas together: the first kernels.SUMS slots add, the others are maxima."""
+        total = None
+        if self.layout.last_stage:
+            rows = torch.stack(stats)
+            total = torch.cat([self.sum_over_replicas(rows[:, :kernels.SUMS].sum(0)), self.layout.max_over_replicas(rows[:, kernels.SUMS:].amax(0))])
         size = self._from_last_stage(torch.tensor([total.numel()], device=self.device) if total is not None else None, 1, torch.int64)
         return self._from_last_stage(total, int(size))
 

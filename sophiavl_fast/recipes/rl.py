@@ -100,7 +100,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     with phase("rollout"):
         prompts = rooms.loader.next(config.rollout.prompts_per_step, replica=policy.replica, replicas=policy.replicas)
         groups = rooms.rollout.generate(prompts, n=config.rollout.n, step=step, seed=config.run.seed, temperature=config.rollout.temperature,
-                                        max_new_tokens=config.rollout.max_new_tokens)
+                                        max_new_tokens=config.rollout.max_new_tokens, on_group=rooms.rewards.start)
     with phase("reward"):
         scores = rooms.rewards.score(groups)
     weighted, metrics = trust.advantages(scores, [len(g.responses) for g in groups], step - 1, config)
@@ -156,5 +156,5 @@ def evaluate(rooms: Rooms) -> dict[str, float]:
     config = rooms.config
     with rooms.progress.phase("evaluate"):
         groups = rooms.rollout.generate(rooms.held_out, n=1, step=0, seed=config.run.seed, temperature=config.eval.temperature,
-                                        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens, greedy=config.eval.temperature == 0)
+                                        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
         return accuracy.metrics(accuracy.judge(groups, config.rewards))

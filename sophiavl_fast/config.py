@@ -364,6 +364,18 @@ def _check_rl(c: Config, replicas: int, world_size: int) -> None:
         raise UserError(f"rollout.staleness = {c.rollout.staleness}: only 0 is supported in this version")
     if c.algorithm.sigma_filter is not None and c.algorithm.normalize != "batch":
         raise UserError("algorithm.sigma_filter needs algorithm.normalize: batch")
+    if c.algorithm.normalize == "batch" and replicas > 1:
+        raise UserError(f"algorithm.normalize = batch whitens over the whole step, but {replicas} replicas each see a part; use one replica or normalize=std")
+    for key in ("kl_coef", "clip_low", "clip_high", "entropy_coef"):
+        if getattr(c.algorithm, key) < 0:
+            raise UserError(f"algorithm.{key} = {getattr(c.algorithm, key)}: must be at least 0")
+    for key, low in (("dual_clip", 1), ("pre_clip", 0), ("tis_cap", 0), ("sigma_filter", 0)):
+        if (value := getattr(c.algorithm, key)) is not None and value <= low:
+            raise UserError(f"algorithm.{key} = {value}: must be greater than {low}, or null")
+    if c.algorithm.dual_clip is not None and c.algorithm.variant != "ppo":
+        raise UserError(f"algorithm.dual_clip = {c.algorithm.dual_clip} needs algorithm.variant: ppo")
+    if c.trust.anneal_steps is not None and c.trust.anneal_steps <= 0:
+        raise UserError(f"trust.anneal_steps = {c.trust.anneal_steps}: must be greater than 0, or null for run.steps")
     if c.thinking.backend == "local" and not c.thinking.path:
         raise UserError("thinking.backend: local needs thinking.path, the folder of the thinking reward model")
     if c.thinking.backend == "endpoint" and not c.thinking.url:

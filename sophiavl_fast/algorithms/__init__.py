@@ -1,0 +1,1 @@
+"""Scores -> advantages and loss terms: pure functions, no I/O, no distributed calls."""

@@ -1,8 +1,8 @@
-"""Peak memory of the run: the host's, engines and graders included, and the GPU's."""
+"""Memory of the run: the host's, engines and graders included, and the GPU's."""
 from __future__ import annotations
 
 import sys
-import threading
+from pathlib import Path
 
 import psutil
 
@@ -11,14 +11,12 @@ GIB = 2**30
 
 def host_gib() -> float:
     """Resident memory of this process and all its descendants now, in GiB (pages that they share count for each)."""
-    total = 0
-    me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # ended since it was listed
-            continue
-    return total / GIB
+    return _tree_kib("VmRSS") / 2**20
+
+
+def peak_gib() -> float:
+    """The same at its peak, in GiB: the sum of each living process's own high-water mark, kept by the kernel."""
+    return _tree_kib("VmHWM") / 2**20
 
 
 def gpu_peak_gib() -> float | None:
@@ -29,27 +27,21 @@ def gpu_peak_gib() -> float | None:
     return torch.cuda.max_memory_reserved() / GIB
 
 
-class PeakMemory:
-    """Watches `host_gib` from a daemon thread, for the peak of a process tree is known to nobody else."""
+def metrics() -> dict[str, float]:
+    """`mem/host_gib` now, `mem/peak_gib` so far, and `mem/gpu_peak_gib` where a GPU is in use."""
+    gpu = gpu_peak_gib()
+    return {"mem/host_gib": host_gib(), "mem/peak_gib": peak_gib(), **({} if gpu is None else {"mem/gpu_peak_gib": gpu})}
 
-    def __init__(self, every_s: float = 1.0):
-        self._peak = host_gib()
-        self._every_s = every_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
-        self._thread.start()
 
-    def metrics(self) -> dict[str, float]:
-        """`mem/host_gib` now, `mem/peak_gib` since the start, and `mem/gpu_peak_gib` where a GPU is in use."""
-        now = host_gib()
-        self._peak = max(self._peak, now)
-        gpu = gpu_peak_gib()
-        return {"mem/host_gib": now, "mem/peak_gib": self._peak, **({} if gpu is None else {"mem/gpu_peak_gib": gpu})}
+def _tree_kib(field: str) -> int:
+    me = psutil.Process()
+    return sum(_kib(process.pid, field) for process in (me, *me.children(recursive=True)))
 
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=5)
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self._every_s):
-            self._peak = max(self._peak, host_gib())
+def _kib(pid: int, field: str) -> int:
+    """A field of /proc/PID/status in KiB; 0 for a process that has ended (a zombie has no memory lines)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")), 0)

@@ -56,6 +56,12 @@ class RunLog:
             self._samples_step = record["step"]
         _append(self._samples, records)
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         for closing in (self._metrics, self._samples, *self._loggers):
             closing.close()

@@ -4,6 +4,7 @@ On a terminal a live display redraws itself; elsewhere (a log file, CI) one plai
 """
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -17,12 +18,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sophiavl_fast.config import Config
 from sophiavl_fast.monitor.numbers import clock, compact, sparkline
 
 # (metric, label) in the order of reading; only those that a step reports are shown
 SHOWN = (("reward/total", "reward"), ("reward/outcome", "outcome"), ("reward/thinking", "thinking"), ("trust/gamma", "gamma"),
          ("loss", "loss"), ("eval/accuracy", "accuracy"), ("eval/reasoning", "reasoning"))
 RATES = (("rollout/tokens_per_s", "rollout"), ("train/tokens_per_s", "train"))
+
+
+@dataclass(slots=True)
+class Timer:
+    """What `Progress.phase` hands out: `seconds` is set when the phase ends."""
+
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -42,13 +51,15 @@ class Bar:
 
 
 class Progress:
-    """Shows a run of `total` steps, `done` of which a checkpoint already holds. Silent unless `lead`."""
+    """Shows a run of `steps` steps (None: run.steps; 0: work without steps). Silent on every process but torchrun's first."""
 
-    def __init__(self, title: str, total: int, *, done: int = 0, lead: bool = True, console: Console | None = None):
+    def __init__(self, config: Config, title: str, *, steps: int | None = None, console: Console | None = None):
         self.seconds: dict[str, float] = {}
         """Seconds by phase since the last `step`; a phase entered twice adds up."""
-        self._title, self._total, self._done = title, total, done
-        self._lead = lead
+        self._title = f"{title}  {config.run.dir}"
+        self._total, self._done = config.run.steps if steps is None else steps, 0
+        self._lead = os.environ.get("RANK", "0") == "0"
+        self._shown = config.monitor.progress
         self._console = console or Console()
         self._phases: list[tuple[str, float]] = []
         self._bars: list[Bar] = []
@@ -56,28 +67,24 @@ class Progress:
         self._rewards: deque[float] = deque(maxlen=32)
         self._pace: deque[float] = deque(maxlen=20)
         self._last_seconds: dict[str, float] = {}
-        self._step_began = time.monotonic()
+        self._step_ended: float | None = None
         self._live: Live | None = None
-        if lead and self._console.is_terminal:
+        if self._lead and self._shown and self._console.is_terminal:
             self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
             self._live.start()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[Timer]:
         """Time a phase of the step and show it as the current one. Phases may nest; each counts its whole time."""
+        timer = Timer()
         began = time.monotonic()
-        if not self._pace and not self.seconds and not self._phases:
-            self._step_began = began  # what ran before the first phase was no step
         self._phases.append((name, began))
         try:
-            yield
+            yield timer
         finally:
             self._phases.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-
-    def times(self) -> dict[str, float]:
-        """The phases since the last `step` as metrics: `time/<phase>_s`, and `time/step_s` for the whole."""
-        return {**{f"time/{name}_s": s for name, s in self.seconds.items()}, "time/step_s": time.monotonic() - self._step_began}
+            timer.seconds = time.monotonic() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + timer.seconds
 
     @contextmanager
     def bar(self, description: str, total: int | None = None) -> Iterator[Bar]:
@@ -94,9 +101,9 @@ class Progress:
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """A step is done: show its numbers, and start the times of the next one."""
         now = time.monotonic()
-        if step > 0:
-            self._pace.append(now - self._step_began)
-        self._step_began, self._last_seconds, self.seconds = now, self.seconds, {}
+        if self._step_ended is not None:  # the first step's time holds the engines' start
+            self._pace.append(now - self._step_ended)
+        self._step_ended, self._last_seconds, self.seconds = now, self.seconds, {}
         self._done = step
         self._latest |= {k: v for k, v in metrics.items() if v is not None}
         if metrics.get("reward/total") is not None:
@@ -106,7 +113,7 @@ class Progress:
 
     def print(self, message: str) -> None:
         """A line above the display."""
-        if self._lead:
+        if self._lead and self._shown:
             self._console.print(Text(message), soft_wrap=True)
 
     def close(self) -> None:
@@ -135,7 +142,7 @@ class Progress:
         return " · ".join(parts)
 
     def _render(self) -> RenderableType:
-        rows: list[RenderableType] = [self._head()]
+        rows: list[RenderableType] = [self._head() if self._total else Text(self._title, "bold")]
         if self._latest:
             rows += [self._numbers(), Text(f"  last step {_breakdown(self._last_seconds)}" if self._last_seconds else "", "dim")]
         rows += [Text.assemble(("  " * (i + 1), ""), (name, "bold"), f"  {clock(time.monotonic() - began)}") for i, (name, began) in enumerate(self._phases)]

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ TYPES = ("numerical", "multiple_choice", "ocr", "free_form", "text")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an engine failed, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    _quiet()
     try:
         return arguments.command(arguments) or 0
     except UserError as error:
@@ -27,6 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; `train` with run.resume=auto goes on from the newest checkpoint")
         return 130
+
+
+def _quiet() -> None:
+    """Keep the engines' deprecation notes about each other off the terminal; what they fail with still comes through."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron|transformers)\b")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _say(error: Exception | str) -> None:

@@ -28,7 +28,7 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
     config = tree.build({"model": {"path": model, "dtype": dtype}, "data": {"registry": registry, "eval": data, "templates": templates},
                          "rollout": {"engine": "inline", "max_new_tokens": max_new_tokens}, "eval": {"limit": limit}}, "evaluate")
     processor = Processor(model)
-    with Progress("evaluate", 1) as progress:
+    with Progress(config, "evaluate", steps=0) as progress:
         with progress.phase("data"):
             prompts = open_eval(config, processor)
         with progress.phase(engine):

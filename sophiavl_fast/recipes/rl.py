@@ -11,6 +11,7 @@ Step 0 in the metrics is the evaluation before any update.
 """
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def train(config: Config) -> int:
     found = setup.resume_point(config)
     title = "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(title, config.run.steps, lead=setup.is_first_rank()))
+        progress = stack.enter_context(Progress(config, title))
         with progress.phase("data"):
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
@@ -97,22 +98,24 @@ def train(config: Config) -> int:
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     """One rollout step: its metrics and its rows of samples.jsonl."""
     config, policy, phase = rooms.config, rooms.policy, rooms.progress.phase
-    with phase("rollout"):
+    started = time.perf_counter()
+    with phase("rollout") as rollout:
         prompts = rooms.loader.next(config.rollout.prompts_per_step, replica=policy.replica, replicas=policy.replicas)
         groups = rooms.rollout.generate(prompts, n=config.rollout.n, step=step, seed=config.run.seed, temperature=config.rollout.temperature,
                                         max_new_tokens=config.rollout.max_new_tokens, on_group=rooms.rewards.start)
-    with phase("reward"):
+    with phase("reward") as reward:
         scores = rooms.rewards.score(groups)
     weighted, metrics = trust.advantages(scores, [len(g.responses) for g in groups], step - 1, config)
-    with phase("update"):
+    with phase("update") as updating:
         metrics |= update(policy, groups, weighted.advantage, config, step)
-    with phase("transfer"):
+    with phase("transfer") as transfer:
         sent = rooms.rollout.send(policy, version=step)
-    times = rooms.progress.times()
     tokens = sum(len(r.token_ids) for g in groups for r in g.responses)
-    metrics |= samples.length_metrics(groups) | {f"transfer/{k}": v for k, v in sent.items()} | times | {
+    metrics |= samples.length_metrics(groups) | {f"transfer/{k}": v for k, v in sent.items()} | {
         "reward/grader_killed": scores.killed, "data/skipped": rooms.loader.skipped, "mem/peak_gib": memory.peak_gib(),
-        "rollout/tokens_per_s": tokens / times["time/rollout_s"], "train/tokens_per_s": tokens / times["time/update_s"],
+        "rollout/tokens_per_s": tokens / rollout.seconds, "train/tokens_per_s": tokens / updating.seconds,
+        "time/rollout_s": rollout.seconds, "time/reward_s": reward.seconds, "time/update_s": updating.seconds,
+        "time/transfer_s": transfer.seconds, "time/step_s": time.perf_counter() - started,
     }
     return metrics, samples.rows(groups, scores, weighted, metrics, step)
 

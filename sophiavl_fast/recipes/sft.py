@@ -4,6 +4,7 @@ The loss is the mean negative log-likelihood over all response tokens of the ste
 """
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def train(config: Config) -> int:
     run_dir = Path(config.run.dir)
     found = setup.resume_point(config)
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress("SFT", config.run.steps, lead=setup.is_first_rank()))
+        progress = stack.enter_context(Progress(config, "SFT"))
         with progress.phase("data"):
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
@@ -50,16 +51,16 @@ def train(config: Config) -> int:
 
 def one_step(config: Config, loader: Loader, processor: Processor, policy: Policy, progress: Progress) -> dict[str, float]:
     """One optimizer step on sft.batch_size records; returns its metrics."""
+    started = time.perf_counter()
     with progress.phase("data"):
         prompts = loader.next(config.sft.batch_size, replica=policy.replica, replicas=policy.replicas)
         batches = policy.pack([as_group(p, processor, config.sft.target) for p in prompts], None)
-    with progress.phase("update"):
+    with progress.phase("update") as update:
         count = policy.sum_over_replicas(losses.token_count(batches))
         result = policy.update(batches, losses.sft_loss(count))
-    times = progress.times()
-    return losses.sft_metrics(result.stats) | times | {
-        "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped,
-        "train/tokens_per_s": float(count) / times["time/update_s"], "mem/peak_gib": memory.peak_gib(),
+    return losses.sft_metrics(result.stats) | {
+        "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped, "mem/peak_gib": memory.peak_gib(),
+        "train/tokens_per_s": float(count) / update.seconds, "time/update_s": update.seconds, "time/step_s": time.perf_counter() - started,
     }
 
 

@@ -45,8 +45,9 @@ class _Logprob(torch.autograd.Function):
         whole = combine(torch.cat(parts, 1), shard.group)
         live = target != IGNORE
         logprob, spread = whole.logprob.where(live, 0), whole.entropy.where(live, 0)
-        # An infinite maximum makes every probability of an ignored row 0.
-        ctx.save_for_backward(hidden, weight, bias, live, column, here & live, whole.top.where(live, torch.inf), whole.total, logprob, spread)
+        # An infinite maximum makes every probability of an ignored row 0, whatever the row holds.
+        top, total = whole.top.where(live, torch.inf), whole.total.where(live, 1)
+        ctx.save_for_backward(hidden, weight, bias, live, column, here & live, top, total, logprob, spread)
         ctx.shard, ctx.temperature, ctx.entropy, ctx.chunk = shard, temperature, entropy, chunk
         ctx.active, ctx.main_grad = active, main_grad
         ctx.set_materialize_grads(False)

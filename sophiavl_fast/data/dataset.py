@@ -119,15 +119,14 @@ class Dataset:
 
     def _id(self, row: Mapping[str, Any], index: int) -> str:
         given = row.get(self.entry.columns["problem_id"])
-        return str(index if given in (None, "") else given)
+        return f"#{index}" if given in (None, "") else str(given)
 
     def _repeated_ids(self) -> dict[int, int]:
-        """Index of every record whose id an earlier one has -> index of that one. Rows without an id count by their index."""
+        """Index of every record whose problem_id an earlier one has -> index of that one."""
         first: dict[str, int] = {}
         repeats: dict[int, int] = {}
         for index, given in enumerate(self._rows.ids(self.entry.columns["problem_id"])):
-            seen = first.setdefault(str(index if given in (None, "") else given), index)
-            if seen != index:
+            if given not in (None, "") and (seen := first.setdefault(str(given), index)) != index:
                 repeats[index] = seen
         return repeats
 

@@ -92,9 +92,7 @@ class Loader:
             dataset.close()
 
     def _identity(self) -> dict[str, Any]:
-        weights = self._weights or [None] * len(self._datasets)
-        sets = [[d.name, d.entry.split, len(d), w] for d, w in zip(self._datasets, weights, strict=True)]
-        return {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": sets}
+        return {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": [[d.name, len(d)] for d in self._datasets], "weights": self._weights}
 
     def _forget(self) -> None:
         for future in self._ahead.values():

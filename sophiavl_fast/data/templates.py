@@ -91,10 +91,10 @@ def load(name: str) -> Template:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["lettered"] = lettered
     try:
-        compiled = [environment.from_string(tree.get(key, default)) for key, default in (("question", "{{ problem }}"), ("user", ""))]
+        question, user = environment.from_string(tree.get("question", "{{ problem }}")), environment.from_string(tree["user"])
     except TemplateError as error:
         raise UserError(f"template '{path}': {error}") from None
-    return Template(name, tree.get("system") or "", *compiled, {kind: str(text).strip() for kind, text in suffix.items()})
+    return Template(name, tree.get("system") or "", question, user, {kind: str(text).strip() for kind, text in suffix.items()})
 
 
 def lettered(options: Sequence[str]) -> list[str]:

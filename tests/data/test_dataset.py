@@ -1,0 +1,194 @@
+"""Records in every format -> examples and prompts; every kind of bad record is one line with its file and place."""
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sophiavl_fast.data import parquet
+from sophiavl_fast.data.dataset import BadRecord, Dataset, problem_type
+from sophiavl_fast.errors import UserError
+from tests.data.conftest import picture, record
+
+
+def opened(store, name: str, **kwargs) -> Dataset:
+    return Dataset.open(name, store.registry, **({"template": "plain"} | kwargs))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_formats_give_the_same_examples(store, kind):
+    path = store.image("im/a.png")
+    rows = [record(5, path=path, data_type="image", options=["x", "y"], problem_type="multiple choice", solution="<answer>B</answer>", process="because"),
+            record(6, path="")]
+    dataset = opened(store, store.add("set", rows, kind))
+    first, second = dataset.example(0), dataset.example(1)
+    assert (first.id, first.problem_type, first.gold, first.options, first.process) == ("5", "multiple_choice", "B", ["x", "y"], "because")
+    assert [i.path for i in first.images] == [str(store.folder / path)] and second.images == []
+    assert first.record["data_source"] == "test" and first.record["path"] == [str(store.folder / path)]
+    assert first.where == f"{store.folder}/set.{kind}" + (":1" if kind == "jsonl" else "[0]")
+
+
+def test_prompt(store, processor):
+    path = store.image("a.png")
+    dataset = opened(store, store.add("set", [record(5, path=path, data_type="image", extra={"a": [1]})]))
+    prompt = dataset.prompt(0, processor)
+    assert (prompt.id, prompt.dataset, prompt.question, prompt.gold) == ("set:5", "set", "What is 5?", "5")
+    assert prompt.token_ids.count(processor.image_token_id) == 1 == len(prompt.images)
+    assert prompt.expanded_ids.count(processor.image_token_id) == prompt.image_grid_thw.prod() // 4
+    assert prompt.image_paths == [str(store.folder / path)] and prompt.record["extra"] == {"a": [1]}
+    json.dumps(prompt.record)
+
+
+def test_text_only_gets_no_image(store, processor):
+    prompt = opened(store, store.add("set", [record(1)])).prompt(0, processor)
+    assert prompt.images == [] and prompt.pixel_values is None and processor.image_token_id not in prompt.expanded_ids
+
+
+def test_many_images_in_the_order_of_their_marks(store, processor):
+    paths = [store.image(f"{i}.png", picture(i, 56 + 28 * i, 56)) for i in range(8)]
+    dataset = opened(store, store.add("set", [record(1, path=paths, problem="<image>" * 8 + "?"), record(2, path=paths)]))
+    marked, unmarked = dataset.prompt(0, processor), dataset.prompt(1, processor)
+    assert marked.image_grid_thw[:, 1].tolist() == [4 + 2 * i for i in range(8)]
+    assert torch.equal(marked.pixel_values, unmarked.pixel_values)
+
+
+def test_bytes_images_in_parquet(store, processor):
+    out = io.BytesIO()
+    picture(3).save(out, "PNG")
+    rows = [record(1, path=[{"bytes": out.getvalue(), "path": "gone.png"}] * 2, data_type="image")]
+    prompt = opened(store, store.add("set", rows, "parquet")).prompt(0, processor)
+    assert len(prompt.images) == 2 and prompt.image_paths == ["", ""]
+    path = store.image("same.png", picture(3))
+    same = opened(store, store.add("other", [record(1, path=[path, path])])).prompt(0, processor)
+    assert torch.equal(prompt.pixel_values, same.pixel_values)
+    json.dumps(prompt.record)
+
+
+def test_other_columns(store):
+    columns = {"q": "prompt", "label": "answer", "pics": "images", "kind": "problem_type"}
+    store.add("set", [{"q": "2+2?", "label": 4, "kind": "OCR", "pics": []}], columns=columns)
+    example = opened(store, "set").example(0)
+    assert (example.problem, example.gold, example.problem_type, example.id) == ("2+2?", "4", "ocr", "#0")
+
+
+def test_entry_extensions(store):
+    row = record(1, problem_type="")
+    store.add("set", [row, record(2, reasoning_check="own")], template="sophia", problem_type="text", reasoning_check="rule")
+    dataset = opened(store, "set")
+    assert dataset.template.name == "sophia" and dataset.example(0).problem_type == "text"
+    assert [dataset.example(i).record["reasoning_check"] for i in (0, 1)] == ["rule", "own"]
+
+
+@pytest.mark.parametrize("name,normal", [
+    ("multiple choice", "multiple_choice"), ("Multiple-Choice", "multiple_choice"), ("multiple_choice", "multiple_choice"), ("numerical", "numerical"),
+    ("OCR", "ocr"), ("ocr", "ocr"),
+    ("free-form", "free_form"), ("free_form", "free_form"), ("freeform", "free_form"), ("caption", "free_form"), ("text", "text"),
+])
+def test_problem_types(name, normal):
+    assert problem_type(name) == normal
+
+
+BAD = {
+    "unknown problem_type 'numeric'; did you mean 'numerical'": {"problem_type": "numeric"},
+    "no problem_type; valid: numerical, multiple_choice": {"problem_type": None},
+    "record without solution ('solution' is missing)": {"solution": None},
+    "record without solution ('solution' is empty)": {"solution": "<answer> </answer>"},
+    "empty question ('problem')": {"problem": "  "},
+    "'problem' must be text, not list": {"problem": ["a"]},
+    "'options' must be a list, not str": {"options": "a, b"},
+    "1 <image> placeholders for 0 images": {"problem": "<image> what?"},
+    "data_type is 'image', but 'path' names none": {"data_type": "image"},
+    "does not exist": {"path": "none.png"},
+    "leaves its base folder": {"path": "../../etc/passwd"},
+    "is a URL": {"path": "https://x.org/a.png"},
+    "is corrupt": {"path": "broken.png"},
+    "problem_id 1 is that of": {"problem_id": 1},
+    "more than data.max_prompt_tokens = 300": {"problem": "x" * 300},
+    "holds the special token '<|im_end|>'": {"problem": "stop <|im_end|>"},
+}
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+@pytest.mark.parametrize("message", BAD)
+def test_bad_records(store, processor, message, kind):
+    (store.folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    store.add("set", [record(1), record(2, **BAD[message])], kind)
+    dataset = opened(store, "set")
+    dataset.prompt(0, processor, 300)
+    with pytest.raises(BadRecord) as error:
+        dataset.prompt(1, processor, 300)
+    text = str(error.value)
+    assert text.startswith(f"{store.folder}/set.{kind}" + (":2: " if kind == "jsonl" else "[1]: ")) and message in text and "\n" not in text
+
+
+def test_jsonl_lines_are_counted_with_blank_and_broken_ones(store):
+    store.add("set", [json.dumps(record(1)) + "\n", "\n", "{broken\n", "[1]\n", json.dumps(record(2))])
+    dataset = opened(store, "set")
+    assert len(dataset) == 4 and dataset.example(3).where.endswith("set.jsonl:5")
+    with pytest.raises(BadRecord, match=r"set.jsonl:3: not JSON"):
+        dataset.example(1)
+    with pytest.raises(BadRecord, match=r"set.jsonl:4: expected a record, not list"):
+        dataset.example(2)
+
+
+def test_repeated_ids_name_both_places(store):
+    store.add("set", [record(1), record(2), record("1")])
+    with pytest.raises(BadRecord, match=r"set.jsonl:3: problem_id 1 is that of .*set.jsonl:1 too"):
+        opened(store, "set").example(2)
+
+
+def test_a_missing_id_is_the_records_place(store):
+    store.add("set", [record(None), record(None), record(1)])
+    dataset = opened(store, "set")
+    assert [dataset.example(i).id for i in range(3)] == ["#0", "#1", "1"]
+
+
+def test_unusable_files(store):
+    store.add("missing", [record(1)])
+    (store.folder / "missing.jsonl").unlink()
+    store.add("empty", [])
+    store.add("object", [], "json")
+    (store.folder / "object.json").write_text("{}")
+    store.add("lines", [], "json")
+    (store.folder / "lines.json").write_text("{}\n{}\n")
+    store.add("odd", [record(1)], file_path="odd.csv")
+    (store.folder / "odd.csv").write_text("")
+    (store.folder / "bad.parquet").write_text("no parquet")
+    store.add("bad", [record(1)], file_path="bad.parquet")
+    store.add("split", [record(1)])
+    for name, message in {"missing": "missing.jsonl' does not exist", "empty": "holds no record", "object": "must hold a list of records",
+                          "lines": "name it .jsonl if", "odd": "expected .json, .jsonl", "bad": "cannot be read as parquet",
+                          "split@test": "'@test': data file .* is not a folder"}.items():
+        with pytest.raises(UserError, match=message) as error:
+            opened(store, name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"), ("train/a", "train/b", "test/a"),
+                                   ("data/train-0", "data/train-1", "data/test-0")])
+def test_parquet_folders_and_splits(store, names):
+    for i, name in enumerate(names):
+        (store.folder / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([record(10 * i + j) for j in range(3)]), store.folder / "set" / f"{name}.parquet")
+    store.add("set", [], "folder", file_path="set")
+    train, test = opened(store, "set"), opened(store, "set@test")
+    assert [train.example(i).id for i in range(len(train))] == ["0", "1", "2", "10", "11", "12"]
+    assert train.example(4).where == f"{store.folder}/set/{names[1]}.parquet[1]"
+    assert [test.example(i).id for i in range(len(test))] == ["20", "21", "22"] and test.name == "set@test"
+    with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):
+        opened(store, "set@tset")
+
+
+def test_large_parquet_is_mapped_from_disk(store, monkeypatch, tmp_path):
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store.add("set", [record(i) for i in range(200)], "parquet")
+    dataset = opened(store, "set")
+    assert [dataset.example(i).id for i in (0, 63, 64, 199)] == ["0", "63", "64", "199"]
+    (cached,) = (tmp_path / "cache" / "sophiavl_fast").iterdir()
+    written = cached.stat().st_mtime_ns
+    assert opened(store, "set").example(5).id == "5" and cached.stat().st_mtime_ns == written
+    store.add("set", [record(i + 1000) for i in range(200)], "parquet")
+    assert opened(store, "set").example(5).id == "1005"

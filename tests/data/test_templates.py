@@ -1,0 +1,80 @@
+"""Questions become messages: placeholders, options, suffixes, and templates that are wrong."""
+import pytest
+
+from sophiavl_fast.data import templates
+from sophiavl_fast.errors import UserError
+
+
+def user(name: str, problem: str = "How many?", images: int = 0, **kwargs) -> list[dict]:
+    return templates.load(name).messages(problem, **({"problem_type": "numerical"} | kwargs), images=images)[-1]["content"]
+
+
+@pytest.mark.parametrize("name", ["sophia", "sophia_released", "plain"])
+@pytest.mark.parametrize("kind", templates.TYPES)
+def test_packaged_templates_render_every_type(name, kind):
+    template = templates.load(name)
+    found = template.messages("How many?", problem_type=kind, options=["one", "two"] if kind == "multiple_choice" else [], images=1)
+    text = found[-1]["content"][-1]["text"]
+    assert text.startswith("How many?") and ("two" in text) == (kind == "multiple_choice")
+    assert [m["role"] for m in found] == (["user"] if name == "plain" else ["system", "user"])
+    assert name == "plain" or (template.suffix[kind] in text and len(set(template.suffix.values())) == 5)
+
+
+def test_plain_is_the_question_alone():
+    assert user("plain", "2+2=") == [{"type": "text", "text": "2+2="}]
+    assert user("plain", "Which?", problem_type="multiple_choice", options=["A. x", "B. y"])[0]["text"] == "Which?\nA. x B. y"
+
+
+def test_options():
+    template = templates.load("sophia")
+    assert template.question("Which?", problem_type="multiple_choice", options=["cat", "dog"]) == "Which?\nA. cat\nB. dog"
+    released = templates.load("sophia_released")
+    assert released.question("Which?", problem_type="multiple_choice", options=["A. cat", "B. dog"]) == "Which?A. cat; B. dog"
+
+
+def test_lettered_keeps_letters_that_are_there():
+    assert templates.lettered(["cat", "dog"]) == ["A. cat", "B. dog"]
+    assert templates.lettered(["(A) cat", "(B) dog"]) == ["(A) cat", "(B) dog"]
+    assert templates.lettered(["A. Smith", "dog"]) == ["A. A. Smith", "B. dog"]
+
+
+def test_images_come_first_without_marks():
+    assert [p["type"] for p in user("plain", "x", images=3)] == ["image"] * 3 + ["text"]
+
+
+def test_marks_are_honoured():
+    parts = user("plain", "<image>left, <image> right", images=2)
+    assert parts == [{"type": "image"}, {"type": "text", "text": "left, "}, {"type": "image"}, {"type": "text", "text": " right"}]
+
+
+@pytest.mark.parametrize("problem,images", [("<image> a", 0), ("<image> a", 2), ("<image><image>", 1)])
+def test_marks_must_count_the_images(problem, images):
+    with pytest.raises(UserError, match=f"{problem.count('<image>')} <image> placeholders for {images} images"):
+        user("plain", problem, images=images)
+
+
+def test_braces_in_a_question_are_text():
+    """A question is a value, never template source."""
+    assert user("plain", "{{ 7*7 }} {% if %}")[0]["text"] == "{{ 7*7 }} {% if %}"
+
+
+@pytest.mark.parametrize("body,message", [
+    ("user: '{{ qestion }}'", "'qestion' is undefined"),
+    ("user: '{{ problem.__class__.__mro__ }}'", "unsafe|undefined"),
+    ("user: '{% if %}'", "template"),
+    ("usr: x", "'user' is needed"),
+    ("user: x\nsufix: {}", "unknown key 'sufix'; did you mean 'suffix'"),
+    ("user: x\nsuffix: {numerica: x}", "did you mean 'numerical'"),
+    ("user: [", "cannot be read"),
+])
+def test_broken_templates(tmp_path, body, message):
+    path = tmp_path / "t.yaml"
+    path.write_text(body)
+    with pytest.raises(UserError, match=message) as error:
+        templates.load(str(path)).messages("x", problem_type="text")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_template_names_the_nearest():
+    with pytest.raises(UserError, match="'sofia' does not exist; did you mean 'sophia'"):
+        templates.load("sofia")

@@ -39,6 +39,8 @@ def _quiet() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # its CUDA libraries, each with a line of complaint
 
 
 def _say(error: Exception | str) -> None:

@@ -38,7 +38,8 @@ def write(out: Path, seed: int, track: Track, scale: float = 1.0) -> dict[str, i
         rows = track(_records(name, album, count, random.Random(f"{seed}:{name}")), f"{name} records", count)
         with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        registry[f"demo_{name}"] = {"file_path": f"{name}.jsonl", "image_base_path": ".", "columns": COLUMNS}
+        entry = {"file_path": f"{name}.jsonl", "image_base_path": ".", "columns": COLUMNS, "template": "plain"}
+        registry[f"demo_{name}"] = entry if name.startswith("judge") else entry | {"reasoning_check": "demo_digits"}
         counts[f"demo_{name}"] = count
     (out / "dataset_info.json").write_text(json.dumps(registry, indent=2) + "\n")
     return counts
@@ -75,22 +76,20 @@ def _records(name: str, album: list[Picture], count: int, rng: random.Random) ->
 
 
 def record(question: Question, picture: Picture | None, number: int) -> dict[str, Any]:
-    """A SophiaVL-R1 record, and what the soundness rule needs: `reasoning_check`, `kind` and `digits`."""
+    """A SophiaVL-R1 record, what the soundness rule needs (`kind`, `digits`), and the scans shown."""
     return {
         "problem_id": number, "problem": question.problem, "data_type": "image" if picture else "text",
-        "problem_type": KINDS[question.kind].problem_type, "options": list(question.options), "process": "",
+        "problem_type": KINDS[question.kind].problem_type, "options": question.options, "process": "",
         "solution": _wrapped(question.answer), "path": picture.path if picture else "", "data_source": "demo",
-        "reasoning_check": "demo_digits", "kind": question.kind, "digits": list(question.digits), "scans": list(picture.scans if picture else ()),
+        "kind": question.kind, "digits": list(question.digits), "scans": list(picture.scans if picture else ()),
     }
 
 
 def _judged(row: dict[str, Any], question: Question, rng: random.Random, *, held_out: bool) -> dict[str, Any]:
-    """The record of a judge's question: score this trace. Its own options are part of the text already."""
+    """The record of a judge's question: score this trace. The options are part of the text already."""
     trace, flavour = judge_data.draw(question, rng, held_out=held_out)
-    asked = question.problem + "; ".join(question.options)
-    changes = {"problem": judge_data.prompt_text(asked, trace), "problem_type": "numerical", "options": [], "reasoning": trace, "flavour": flavour,
+    return row | {"problem": judge_data.prompt_text(row, trace), "problem_type": "numerical", "options": [], "reasoning": trace, "flavour": flavour,
                "solution": _wrapped(judge_data.score_text(row, trace))}
-    return {key: value for key, value in (row | changes).items() if key != "reasoning_check"}
 
 
 def _wrapped(answer: str) -> str:

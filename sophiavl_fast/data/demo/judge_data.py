@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Template
 
+from sophiavl_fast.data import templates
 from sophiavl_fast.data.demo import soundness, traces
 from sophiavl_fast.data.demo.questions import Question
 
@@ -83,9 +84,10 @@ def score_text(record: Mapping[str, Any], trace: str) -> str:
     return f"{soundness.check_trace(record, trace).score:.1f}"
 
 
-def prompt_text(question: str, reasoning: str) -> str:
+def prompt_text(record: Mapping[str, Any], reasoning: str) -> str:
     """What the thinking reward model is asked, by the packaged template that the rewards use too."""
-    return _template().render(question=question, reasoning=reasoning)
+    asked = templates.load("plain").question(record["problem"], problem_type=record["problem_type"], options=record["options"])
+    return _template().render(question=asked, reasoning=reasoning)
 
 
 @cache
@@ -94,7 +96,7 @@ def _template() -> Template:
 
 
 def _sound_lines(question: Question) -> list[str]:
-    return list(traces.lines(question.digits, traces.WAYS[question.kind][0](question.digits)))
+    return list(traces.sound(question).lines)
 
 
 def _with_other_digit(question: Question, rng: random.Random) -> Question:

@@ -6,18 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-LETTERS = "ABCD"
+LETTERS = "ABC"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to ask. `wording` may hold {terms}, the digits joined by '+'; `truth` maps digits to the answer in words."""
+    """One way to ask. `wording` may hold {terms}, the digits joined by '+'; `truth` maps digits to the answer in words.
+
+    `choices` are the options of multiple choice, offered forwards or backwards.
+    """
 
     problem_type: str
     wording: str
     truth: Callable[[Sequence[int]], str]
     share: float            # of a dataset's records
+    choices: tuple[str, ...] = ()
     pictured: bool = True   # False: the question itself holds the digits
+
+
+TENS = ("0-9", "10-19", "20-27")
+PARITIES = ("even", "odd")
 
 
 def trend(digits: Sequence[int]) -> str:
@@ -28,10 +36,10 @@ def trend(digits: Sequence[int]) -> str:
 
 
 KINDS: dict[str, Kind] = {
-    "sum": Kind("numerical", "sum?", lambda d: str(sum(d)), 0.20),
+    "sum": Kind("numerical", "sum?", lambda d: str(sum(d)), 0.18),
     "spread": Kind("numerical", "max-min?", lambda d: str(max(d) - min(d)), 0.14),
-    "largest": Kind("multiple choice", "largest? ", lambda d: str(max(d)), 0.11),
-    "smallest": Kind("multiple choice", "smallest? ", lambda d: str(min(d)), 0.09),
+    "tens": Kind("multiple choice", "sum?", lambda d: TENS[sum(d) // 10], 0.10, TENS),
+    "parity": Kind("multiple choice", "largest?", lambda d: PARITIES[max(d) % 2], 0.12, PARITIES),
     "read": Kind("OCR", "read", lambda d: " ".join(map(str, d)), 0.12),
     "range": Kind("free-form", "range?", lambda d: f"from {min(d)} to {max(d)}", 0.13),
     "trend": Kind("text", "trend?", trend, 0.13),
@@ -41,44 +49,39 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Question:
-    """A kind asked about one row of digits; `options` only for multiple choice."""
+    """A kind asked about one row of digits; `choices` in the order offered, empty but for multiple choice."""
 
     kind: str
     digits: tuple[int, ...]
-    options: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def problem(self) -> str:
         return KINDS[self.kind].wording.format(terms="+".join(map(str, self.digits)))
 
     @property
-    def answer(self) -> str:
-        """The gold answer; the letter for multiple choice."""
-        return self.answer_for(KINDS[self.kind].truth(self.digits))
-
-    def answer_for(self, value: str) -> str:
-        """How `value` is answered: the letter of its option where there are options."""
-        return LETTERS[self.values.index(value)] if self.options else value
+    def options(self) -> list[str]:
+        """The choices with their letters, as the record holds them."""
+        return [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices)]
 
     @property
-    def values(self) -> list[str]:
-        """The options without their letters."""
-        return [option.removeprefix(f"{letter}. ") for letter, option in zip(LETTERS, self.options)]
+    def answer(self) -> str:
+        """The gold answer; the letter for multiple choice."""
+        return self.lettered(KINDS[self.kind].truth(self.digits))
+
+    def lettered(self, value: str) -> str:
+        """How `value` is answered: the letter of its choice where there are choices."""
+        return LETTERS[self.choices.index(value)] if self.choices else value
 
 
 def ask(kind: str, digits: Sequence[int], rng: random.Random) -> Question:
-    """A question of this kind; multiple choice offers every digit of the row and fills up with others."""
-    if KINDS[kind].problem_type != "multiple choice":
-        return Question(kind, tuple(digits))
-    offered = sorted(set(digits))
-    offered += rng.sample([d for d in range(10) if d not in offered], len(LETTERS) - len(offered))
-    rng.shuffle(offered)
-    return Question(kind, tuple(digits), tuple(f"{letter}. {value}" for letter, value in zip(LETTERS, offered)))
+    """A question of this kind; the order of its choices is drawn."""
+    return Question(kind, tuple(digits), KINDS[kind].choices[::rng.choice((1, -1))])
 
 
 def draw_digits(rng: random.Random) -> tuple[int, ...]:
-    """Three digits, or two in one row of five."""
-    return tuple(rng.randrange(10) for _ in range(2 if rng.random() < 0.2 else 3))
+    """Three digits, or two in one row of six."""
+    return tuple(rng.randrange(10) for _ in range(2 if rng.random() < 1 / 6 else 3))
 
 
 def draw_kind(rng: random.Random, *, pictured: bool | None = None) -> str:

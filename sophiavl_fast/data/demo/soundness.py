@@ -58,14 +58,12 @@ def _steps(kind: str, digits: Sequence[int]) -> list[set[str]]:
     """The steps that a sound trace takes, each as the set of its accepted spellings."""
     low, high = str(min(digits)), str(max(digits))
     match kind:
-        case "sum" | "add":
+        case "sum" | "add" | "tens":
             body = [{f"{a}+{d}={b}", f"{d}+{a}={b}"} for (a, b), d in zip(pairwise(accumulate(digits)), digits[1:])]
         case "spread":
             body = [{f"{high}-{low}={max(digits) - min(digits)}"}]
-        case "largest":
+        case "parity":
             body = [{f"max {high}"}]
-        case "smallest":
-            body = [{f"min {low}"}]
         case "range":
             body = [{f"min {low}"}, {f"max {high}"}]
         case "read":

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from sophiavl_fast.data.demo.questions import Question, trend
+from sophiavl_fast.data.demo.questions import PARITIES, TENS, Question, trend
 
 SLIP_SHARE = 0.52   # of the questions that allow a slip: wrong lines, wrong answer
 LUCKY_SHARE = 0.12  # wrong lines, right answer
@@ -38,18 +38,27 @@ class Trace:
 Solution = tuple[list[str], str]  # lines after the reading, answer in words
 
 
-def lines(digits: Sequence[int], solution: Solution) -> tuple[str, ...]:
-    """The reading of the row, then the solution's own lines."""
-    return " ".join(map(str, digits)), *solution[0]
-
-
-def _adding(digits: Sequence[int], carry: bool) -> Solution:
+def _adding(digits: Sequence[int], carry: bool) -> tuple[list[str], int]:
     total, steps = digits[0], []
     for digit in digits[1:]:
         result = total + digit if carry else (total + digit) % 10
         steps.append(f"{total}+{digit}={result}")
         total = result
+    return steps, total
+
+
+def _sum(digits: Sequence[int], carry: bool) -> Solution:
+    steps, total = _adding(digits, carry)
     return steps, str(total)
+
+
+def _tens(digits: Sequence[int], carry: bool) -> Solution:
+    steps, total = _adding(digits, carry)
+    return steps, TENS[total // 10]
+
+
+def _parity(largest: int) -> Solution:
+    return [f"max {largest}"], PARITIES[largest % 2]
 
 
 def _spread(high: int, low: int) -> Solution:
@@ -74,32 +83,36 @@ def _ends(digits: Sequence[int]) -> tuple[int, int]:
 
 # kind -> (the sound way, the slip)
 WAYS: dict[str, tuple[Callable[[Sequence[int]], Solution], Callable[[Sequence[int]], Solution]]] = {
-    "sum": (lambda d: _adding(d, True), lambda d: _adding(d, False)),
-    "add": (lambda d: _adding(d, True), lambda d: _adding(d, False)),
+    "sum": (lambda d: _sum(d, True), lambda d: _sum(d, False)),
+    "add": (lambda d: _sum(d, True), lambda d: _sum(d, False)),
+    "tens": (lambda d: _tens(d, True), lambda d: _tens(d, False)),
+    "parity": (lambda d: _parity(max(d)), lambda d: _parity(d[0])),
     "spread": (lambda d: _spread(max(d), min(d)), lambda d: _spread(*_ends(d))),
-    "largest": (lambda d: ([f"max {max(d)}"], str(max(d))), lambda d: ([f"max {d[0]}"], str(d[0]))),
-    "smallest": (lambda d: ([f"min {min(d)}"], str(min(d))), lambda d: ([f"min {d[0]}"], str(d[0]))),
     "read": (_reading, lambda d: _reading(d[:-1])),
-    "range": (lambda d: _range(max(d), min(d)), lambda d: _range(*_ends(d))),
+    "range": (lambda d: _range(max(d), min(d)), lambda d: _range(d[-1], d[0])),
     "trend": (_trend, lambda d: _trend(d[:2])),
 }
 
 
 def sound(question: Question) -> Trace:
     """The reading of the row, then every step, each of them right."""
-    return _trace(question, WAYS[question.kind][0](question.digits), "sound")
+    steps, value = WAYS[question.kind][0](question.digits)
+    return Trace((reading(question.digits), *steps), question.lettered(value), "sound")
 
 
 def slip(question: Question) -> Trace | None:
-    """The systematic slip; None where it would not show, such as a dropped carry in 2+3."""
-    wrong = _trace(question, WAYS[question.kind][1](question.digits), "slip")
-    return wrong if wrong.answer != question.answer else None
+    """The systematic slip; None where it would not show, such as a dropped carry in 2+3. Its answer is right now and then: that is luck."""
+    steps, value = WAYS[question.kind][1](question.digits)
+    trace = Trace((reading(question.digits), *steps), question.lettered(value), "slip")
+    if trace.lines == sound(question).lines:
+        return None
+    return trace if trace.answer != question.answer else replace(trace, flavour="lucky")
 
 
 def lucky(question: Question) -> Trace | None:
     """The slip's lines followed by the right answer all the same; None where there is no slip."""
     wrong = slip(question)
-    return wrong and Trace(wrong.lines, question.answer, "lucky")
+    return wrong and replace(wrong, answer=question.answer, flavour="lucky")
 
 
 def draw(question: Question, rng: random.Random) -> Trace:
@@ -112,5 +125,6 @@ def draw(question: Question, rng: random.Random) -> Trace:
     return sound(question)
 
 
-def _trace(question: Question, solution: Solution, flavour: str) -> Trace:
-    return Trace(lines(question.digits, solution), question.answer_for(solution[1]), flavour)
+def reading(digits: Sequence[int]) -> str:
+    """The first line of every trace: the row as read."""
+    return " ".join(map(str, digits))

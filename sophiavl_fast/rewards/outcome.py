@@ -28,6 +28,7 @@ class OutcomeScorer:
     def __init__(self, config: RewardsConfig) -> None:
         self._config = config
         self._sandbox = Sandbox(config.workers, config.timeout_s, config.memory_mb)
+        self._asked: dict[Task, Future[Grade]] = {}  # since the last finish: the responses of a group often agree
 
     def start(self, group: Group) -> Pending:
         """Begin to grade a group; one entry a response. Raises UserError for an unknown problem type."""
@@ -40,7 +41,11 @@ class OutcomeScorer:
             return parsed, Grade(self._worst(prompt.problem_type))
         task = Task(prompt.problem_type, parsed.answer, prompt.gold, tuple(prompt.options), config.ocr, config.numeric_tolerance)
         found = quick(task)
-        return parsed, self._sandbox.submit(task, self._worst(prompt.problem_type)) if found is None else Grade(found)
+        if found is not None:
+            return parsed, Grade(found)
+        if task not in self._asked:
+            self._asked[task] = self._sandbox.submit(task, self._worst(prompt.problem_type))
+        return parsed, self._asked[task]
 
     def _worst(self, problem_type: str) -> float:
         return -1.0 if problem_type == "ocr" and self._config.ocr == "neg_wer" else 0.0
@@ -48,6 +53,7 @@ class OutcomeScorer:
     def finish(self, pending: Pending) -> Scores:
         """Wait for what is under way; bounded, since every grade has its deadline. Rows in the order of `pending`."""
         grades = [g.result() if isinstance(g, Future) else g for _, g in pending]
+        self._asked.clear()
         return Scores(outcome=torch.tensor([g.outcome for g in grades], dtype=torch.float32),
                       format_ok=torch.tensor([p.ok for p, _ in pending], dtype=torch.bool),
                       reasons={row: g.killed for row, g in enumerate(grades) if g.killed}, killed=sum(bool(g.killed) for g in grades))

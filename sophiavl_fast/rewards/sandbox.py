@@ -107,8 +107,8 @@ class _Worker:
         if process is not None:
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in (process.stdin, process.stdout):
+                pipe.close()  # type: ignore[union-attr]
 
     def interrupt(self) -> None:
         """End the process from another thread: the owner then reads the end of its output."""
@@ -119,13 +119,13 @@ class _Worker:
 def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
     left = memoryview(data)
     while left:
-        left = left[os.write(process.stdin.fileno(), left):]
+        left = left[os.write(process.stdin.fileno(), left):]  # type: ignore[union-attr]
 
 
 def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
     """One line of the process's output, b"" when it has ended, None when the time is over."""
     deadline, line = time.monotonic() + seconds, b""
-    pipe = process.stdout.fileno()
+    pipe = process.stdout.fileno()  # type: ignore[union-attr]
     while not line.endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([pipe], [], [], left)[0]:

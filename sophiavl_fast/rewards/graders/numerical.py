@@ -59,9 +59,9 @@ def grade(task: Task) -> float:
     answer, gold = (_expressions(_normal(text)) for text in (task.answer, task.gold))
     if not answer or not gold:
         return 0.0
-    values = _value(answer), _value(gold)
-    if None not in values:
-        return float(close(*values, task.tolerance))
+    left, right = _value(answer), _value(gold)
+    if left is not None and right is not None:
+        return float(close(left, right, task.tolerance))
     return float(verify(gold, answer, timeout_seconds=None))
 
 

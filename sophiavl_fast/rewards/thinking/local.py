@@ -7,7 +7,6 @@ distribution, each by its own seed.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from sophiavl_fast.rewards.thinking import Case, Verdict
 from sophiavl_fast.rewards.thinking.parse import parse_score
 from sophiavl_fast.rewards.thinking.prefix import PrefixModel, State
 from sophiavl_fast.rewards.thinking.template import JudgeTemplate
-from sophiavl_fast.rewards.thinking.trie import ScoreTrie, draw, expectation
+from sophiavl_fast.rewards.thinking.trie import ScoreTrie, common_prefix, draw, expectation
 
 TOKENS = 32_768        # padded tokens of one forward pass, prefixes counted for every row that reads them
 REPLY_TOKENS = 48      # longest greedy reply
@@ -83,7 +82,8 @@ class LocalJudge:
 
     def _batches(self, cases: Sequence[Case], busy: list[int]) -> Iterator[list[int]]:
         """Runs of cases whose images and questions fit one forward pass, judged by pixels: a merged token sees 28 x 28 or more."""
-        batch, size = [], 0
+        batch: list[int] = []
+        size = 0
         for i in busy:
             cost = sum(image.width * image.height for image in cases[i].images) // 784 + len(cases[i].question) + 64
             if batch and size + cost > TOKENS:
@@ -104,7 +104,7 @@ class LocalJudge:
         lead = self._trie.lead if self._config.score == "expected" else []
         for index, (case, mine) in enumerate(zip(cases, texts, strict=True)):
             plain = [self._encode(text) for text in mine]
-            common = min(len(os.path.commonprefix(plain)), min(map(len, plain)) - 1)
+            common = min(common_prefix(plain), min(map(len, plain)) - 1)
             expanded = list(full["input_ids"][index])
             prompts.prefixes.append(expanded[:len(expanded) - (len(plain[0]) - common)])
             prompts.rows += [_Row(index, place, ids[common:] + lead, case.seeds[place]) for place, ids in enumerate(plain)]
@@ -131,7 +131,7 @@ class LocalJudge:
     def _verdict(self, row: _Row, probabilities: Tensor, mean: float, mass: float) -> Verdict:
         count = self._config.samples
         if not mass >= self._least_mass:
-            return Verdict((math.nan,) * count, f"judge gives all scores together a probability of {mass:.2g}: it was not trained to reply '{self._template.reply}'")
+            return Verdict((math.nan,) * count, f"judge gives all scores together probability {mass:.2g}: no model of the form '{self._template.reply}'")
         return Verdict((mean,) if count == 1 else tuple(draw(probabilities, row.seeds)))
 
     def _after_paths(self, state: State) -> Tensor | None:
@@ -184,10 +184,10 @@ def _load(path: str, device: torch.device) -> tuple[Any, Any]:
 
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto")
+        model: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(f"thinking.path: '{path}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    return processor, model.to(device).eval().requires_grad_(False)
+    return processor, model.eval().requires_grad_(False).to(device)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> set[int]:

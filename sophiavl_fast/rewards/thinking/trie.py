@@ -6,8 +6,8 @@ all the logits needed: the one after the prompt, and those after each proper pre
 """
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ class ScoreTrie:
 
     def __init__(self, encode: Callable[[str], list[int]], reply: str) -> None:
         replies = [encode(reply.replace("{score}", text)) for text in TEXTS]
-        lead = len(os.path.commonprefix(replies))
-        tail = len(os.path.commonprefix([r[lead:][::-1] for r in replies]))
+        lead = common_prefix(replies)
+        tail = common_prefix([r[lead:][::-1] for r in replies])
         self.lead = replies[0][:lead]
         self.scores = [r[lead:len(r) - tail] for r in replies]
         if len({tuple(s) for s in self.scores}) < len(TEXTS) or not all(self.scores):
@@ -42,7 +42,7 @@ class ScoreTrie:
         first [B, V]: logits after the lead; after [B, paths, L, V]: logits after each token of each path, None without paths.
         """
         root = first.float().log_softmax(-1)
-        later = None if after is None else after.float().log_softmax(-1)
+        later = torch.empty(0) if after is None else after.float().log_softmax(-1)
         columns = []
         for score in self.scores:
             total = root[:, score[0]]
@@ -55,6 +55,11 @@ class ScoreTrie:
         return logits.softmax(-1), logits.logsumexp(-1).exp()
 
 
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all rows share."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
+
+
 def expectation(probabilities: Tensor) -> Tensor:
     """Mean score [B] of distributions [B, 11]."""
     return probabilities @ torch.tensor(VALUES, dtype=probabilities.dtype, device=probabilities.device)
@@ -63,5 +68,5 @@ def expectation(probabilities: Tensor) -> Tensor:
 def draw(probabilities: Tensor, seeds: Any) -> list[float]:
     """One score for each seed from one distribution [11], each from a generator of its own."""
     weights = probabilities.cpu()
-    picks = [torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds]
-    return [VALUES[i] for i in picks]
+    picks = [torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return [VALUES[int(i)] for i in picks]

@@ -75,13 +75,13 @@ class Layout:
         return self._over_replicas(tensor, dist.ReduceOp.SUM)
 
     def max_over_replicas(self, tensor: Tensor) -> Tensor:
-        """The largest of every replica's values, as sum_over_replicas."""
+        """The largest of every replica's tensor, element by element."""
         return self._over_replicas(tensor, dist.ReduceOp.MAX)
 
-    def _over_replicas(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+    def _over_replicas(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         total = tensor.detach().clone()
-        if self.replicas > 1:
-            dist.all_reduce(total, op=how, group=self.dp_group if total.device.type == "cuda" else self.replicas_control)
+        if self.replicas > 1 and total.numel():
+            dist.all_reduce(total, op=operation, group=self.dp_group if total.device.type == "cuda" else self.replicas_control)
         return total
 
     def close(self) -> None:

@@ -54,22 +54,23 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> ChainedOp
     return get_megatron_optimizer(options, [model])
 
 
-def step(optimizer: ChainedOptimizer, model: DistributedDataParallel, *, rate: float, clip: float, update: int) -> float:
-    """One AdamW step on the accumulated gradients; returns their global norm before clipping.
+def step(optimizer: ChainedOptimizer, model: DistributedDataParallel, optim: Optim, *, update: int, total: int) -> tuple[float, float]:
+    """One AdamW step on the accumulated gradients; returns their global norm before clipping, and the rate used.
 
     Raises EngineError naming update and parameters when a gradient is not finite: no weight has been touched then.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    rate = learning_rate(optim, update, total)
+    for group in optimizer.param_groups:  # megatron leaves both to its scheduler; wd_mult is 0 for biases and norms
+        group["lr"], group["weight_decay"] = rate, optim.weight_decay * group["wd_mult"]
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise EngineError(f"update {update}: gradient norm is {norm}; first parameters at fault: {_not_finite(model)}")
-    if clip > 0:
+    if optim.clip_grad > 0:
         for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+            clip_grad_by_total_norm_fp32(part.get_parameters(), optim.clip_grad, norm)
     optimizer.step_with_ready_grads()
-    return norm
+    return norm, rate
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -58,10 +58,14 @@ class Policy:
         """
         family = open_family(config.model.path)
         layout = open_layout(config)
-        with without_cuda(layout.device):
-            model, heads = build_model(config, family, layout)
-            bias = _ban_bias(banned_ids, heads, layout) if layout.last_stage else None
-            return cls(config, layout, family, model, heads, ban_bias=bias, temperature=temperature, reference=reference, total_steps=total_steps)
+        try:
+            with without_cuda(layout.device):
+                model, heads = build_model(config, family, layout)
+                bias = _ban_bias(banned_ids, heads, layout) if layout.last_stage else None
+                return cls(config, layout, family, model, heads, ban_bias=bias, temperature=temperature, reference=reference, total_steps=total_steps)
+        except BaseException:
+            layout.close()
+            raise
 
     @property
     def device(self) -> torch.device:
@@ -120,8 +124,7 @@ class Policy:
             self._wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
             found = self._run(batches, loss, forward_only=False)
-            rate = optimizer.learning_rate(self.config.optim, self.updates, self._total)
-            norm = optimizer.step(self.optimizer, self._wrapped, rate=rate, clip=self.config.optim.clip_grad, update=self.updates)
+            norm, rate = optimizer.step(self.optimizer, self._wrapped, self.config.optim, update=self.updates, total=self._total)
         self.updates += 1
         return UpdateResult(stats=self._combine([f["stats"] for f in found]), grad_norm=norm, lr=rate)
 
@@ -185,14 +188,15 @@ class Policy:
         dist.broadcast(held, dist.get_global_rank(self.layout.pp_group, self.layout.pipeline - 1), group=self.layout.pp_group)
         return held
 
-    def _combine(self, stats: list[Tensor]) -> Tensor:
-        """Statistics of all micro-batches and replicas together: the first kernels.SUMS slots add, the others are maxima."""
-        total = None
-        if self.layout.last_stage:
-            rows = torch.stack(stats)
-            total = torch.cat([self.sum_over_replicas(rows[:, :kernels.SUMS].sum(0)), self.layout.max_over_replicas(rows[:, kernels.SUMS:].amax(0))])
-        size = self._from_last_stage(torch.tensor([total.numel()], device=self.device) if total is not None else None, 1, torch.int64)
-        return self._from_last_stage(total, int(size))
+    def _combine(self, parts: list[Tensor]) -> Tensor:
+        """Statistics of the micro-batches and replicas together, on every rank: sums, but maxima in the last slots of kernels.STATS."""
+        if not self.layout.last_stage:
+            return self._from_last_stage(None, int(self._from_last_stage(None, 1, torch.int64)))
+        each = torch.stack(parts)
+        sums = kernels.SUMS if each.shape[1] == len(kernels.STATS) else each.shape[1]
+        total = torch.cat([self.sum_over_replicas(each[:, :sums].sum(0)), self.layout.max_over_replicas(each[:, sums:].amax(0))])
+        self._from_last_stage(torch.tensor([total.numel()], device=self.device), 1, torch.int64)
+        return self._from_last_stage(total, total.numel())
 
     def _copy_weights(self) -> dict[torch.nn.Parameter, Tensor]:
         place = torch.device("cpu") if self.config.policy.offload_reference else self.device

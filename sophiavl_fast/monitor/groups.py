@@ -67,10 +67,13 @@ def gamma_view(groups: list[GroupIndex], threshold: float, width: float = 0.05) 
         return None
     values = [sum(g.gammas) / len(g.gammas) for g in mixed]
     below = [v for v in values if v < 1 - 1e-6]
-    bottom = min(math.floor(math.exp(-1) / width), math.floor(min(values) / width))
+    def bin_of(value: float) -> int:
+        return math.floor(value / width + 1e-9)  # 0.95 belongs to the bin that starts there
+
+    bottom = bin_of(min(math.exp(-1), *values))
     edges = range(bottom, round(1 / width))
     counts = dict.fromkeys(edges, 0)
     for value in below:
-        counts[min(math.floor(value / width), edges[-1])] += 1
+        counts[min(bin_of(value), edges[-1])] += 1
     bins = tuple((round(i * width, 10), round((i + 1) * width, 10), counts[i]) for i in edges)
     return GammaView(len(groups), len(mixed), len(below), sum(below) / len(below) if below else None, min(values), bins)

@@ -102,7 +102,8 @@ const compact = value => {
       for (const s of across) this.svg.append(svg("text", { x: this.x(s), y: HEIGHT - 6, "text-anchor": "middle" }, s.toLocaleString("en-US")));
       if (panel.kind === "stack") this.drawStack(rows); else rows.forEach((row, i) => this.drawLine(panel.log ? row.filter(p => p[1] > 0) : row, i));
       this.cursor = svg("line", { y1: PAD.top, y2: bottom, class: "cursor", visibility: "hidden" });
-      this.svg.append(this.cursor, svg("rect", { x: 0, y: 0, width: this.width, height: HEIGHT, fill: "transparent" }));
+      this.mark = svg("text", { y: PAD.top + 3 });
+      this.svg.append(this.cursor, this.mark, svg("rect", { x: 0, y: 0, width: this.width, height: HEIGHT, fill: "transparent" }));
       this.tell(null);
     }
     path(row) { return row.map(([s, v], i) => `${i ? "L" : "M"}${this.x(s).toFixed(1)},${this.y(v).toFixed(1)}`).join(""); }
@@ -131,12 +132,18 @@ const compact = value => {
     }
     tell(step) {  // the values at a step in the legend; without one, the latest
       this.cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
-      if (step !== null) { this.cursor.setAttribute("x1", this.x(step)); this.cursor.setAttribute("x2", this.x(step)); }
+      this.mark.textContent = step === null ? "" : `step ${step.toLocaleString("en-US")}`;
+      if (step !== null) {
+        const at = this.x(step), late = at > this.width / 2;
+        this.cursor.setAttribute("x1", at);
+        this.cursor.setAttribute("x2", at);
+        this.mark.setAttribute("x", late ? at - 5 : at + 5);
+        this.mark.setAttribute("text-anchor", late ? "end" : "start");
+      }
       this.points.forEach((row, i) => {
         const at = step === null ? row.at(-1) : row.find(p => p[0] === step);
         this.values[i].textContent = at ? compact(at[1]) : "–";
       });
-      this.node.title = step === null ? "" : `step ${step}`;
     }
   }
   const point = step => charts.forEach(c => c.cursor && c.tell(step));

@@ -48,7 +48,7 @@ def ours(a: argparse.Namespace, model: Path, banned: list[int]) -> dict[str, Any
     from sophiavl_fast.rewards import Rewards
 
     torch.set_num_threads(a.threads)
-    config, processor, prompts, policy, rollout = _open(a, model)
+    config, _, prompts, policy, rollout = _open(a, model)
     rollout._stop_ids = []  # end-of-text is an ordinary token here: all responses are equally long
     rollout.send(policy, version=0)
     with Rewards(config, device=policy.device) as rewards, rl.Progress(config, "bench", steps=0) as progress:
@@ -67,7 +67,7 @@ def floors(a: argparse.Namespace, model: Path, banned: list[int]) -> dict[str, A
 
     torch.set_num_threads(a.threads)
     a.engine = "inline"
-    config, _, prompts, policy, rollout = _open(a, model)
+    _, _, prompts, policy, rollout = _open(a, model)
     rollout._stop_ids = []
     ask = {"n": a.n, "seed": 0, "temperature": 1.0, "max_new_tokens": a.tokens}
     groups = rollout.generate(prompts, step=0, **ask)

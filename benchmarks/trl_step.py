@@ -2,6 +2,7 @@
 
 Needs its own packages: `pip install --no-deps --target build/trl -r benchmarks/requirements-trl.txt` (make bench-env does it).
 """
+# ruff: noqa: I001
 from __future__ import annotations
 
 import argparse
@@ -9,7 +10,7 @@ import json
 import resource
 import time
 
-import sophiavl_fast  # noqa: F401  (the torchvision hook)
+import sophiavl_fast  # noqa: F401  (the torchvision hook, before anything that imports it)
 import numpy as np
 import torch
 from datasets import Dataset

@@ -25,7 +25,12 @@ class Kind:
 
 
 TENS = ("0-9", "10-19", "20-27")
-PARITIES = ("even", "odd")
+SIZES = ("0-5", "6-7", "8-9")
+
+
+def size(digit: int) -> str:
+    """The choice of SIZES that holds a digit."""
+    return SIZES[(digit >= 6) + (digit >= 8)]
 
 
 def trend(digits: Sequence[int]) -> str:
@@ -39,7 +44,7 @@ KINDS: dict[str, Kind] = {
     "sum": Kind("numerical", "sum?", lambda d: str(sum(d)), 0.18),
     "spread": Kind("numerical", "max-min?", lambda d: str(max(d) - min(d)), 0.14),
     "tens": Kind("multiple choice", "sum?", lambda d: TENS[sum(d) // 10], 0.10, TENS),
-    "parity": Kind("multiple choice", "largest?", lambda d: PARITIES[max(d) % 2], 0.12, PARITIES),
+    "largest": Kind("multiple choice", "largest?", lambda d: size(max(d)), 0.12, SIZES),
     "read": Kind("OCR", "read", lambda d: " ".join(map(str, d)), 0.12),
     "range": Kind("free-form", "range?", lambda d: f"from {min(d)} to {max(d)}", 0.13),
     "trend": Kind("text", "trend?", trend, 0.13),

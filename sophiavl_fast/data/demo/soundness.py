@@ -62,7 +62,7 @@ def _steps(kind: str, digits: Sequence[int]) -> list[set[str]]:
             body = [{f"{a}+{d}={b}", f"{d}+{a}={b}"} for (a, b), d in zip(pairwise(accumulate(digits)), digits[1:])]
         case "spread":
             body = [{f"{high}-{low}={max(digits) - min(digits)}"}]
-        case "parity":
+        case "largest":
             body = [{f"max {high}"}]
         case "range":
             body = [{f"min {low}"}, {f"max {high}"}]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from sophiavl_fast.data.demo.questions import PARITIES, TENS, Question, trend
+from sophiavl_fast.data.demo.questions import TENS, Question, size, trend
 
 SLIP_SHARE = 0.52   # of the questions that allow a slip: wrong lines, wrong answer
 LUCKY_SHARE = 0.12  # wrong lines, right answer
@@ -57,8 +57,8 @@ def _tens(digits: Sequence[int], carry: bool) -> Solution:
     return steps, TENS[total // 10]
 
 
-def _parity(largest: int) -> Solution:
-    return [f"max {largest}"], PARITIES[largest % 2]
+def _largest(digit: int) -> Solution:
+    return [f"max {digit}"], size(digit)
 
 
 def _spread(high: int, low: int) -> Solution:
@@ -86,7 +86,7 @@ WAYS: dict[str, tuple[Callable[[Sequence[int]], Solution], Callable[[Sequence[in
     "sum": (lambda d: _sum(d, True), lambda d: _sum(d, False)),
     "add": (lambda d: _sum(d, True), lambda d: _sum(d, False)),
     "tens": (lambda d: _tens(d, True), lambda d: _tens(d, False)),
-    "parity": (lambda d: _parity(max(d)), lambda d: _parity(d[0])),
+    "largest": (lambda d: _largest(max(d)), lambda d: _largest(d[0])),
     "spread": (lambda d: _spread(max(d), min(d)), lambda d: _spread(*_ends(d))),
     "read": (_reading, lambda d: _reading(d[:-1])),
     "range": (lambda d: _range(max(d), min(d)), lambda d: _range(d[-1], d[0])),

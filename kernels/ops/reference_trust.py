@@ -32,7 +32,7 @@ def _thinking_term(
     outcome: Tensor, thinking: Tensor, groups: Segments, threshold: float | Tensor, mode: str, quorum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gamma, gamma * thinking, used), [B] each; the term is 0 where it was not used."""
-    samples = thinking.double().reshape(len(outcome), -1)
+    samples = thinking.double() if thinking.dim() == 2 else thinking.double()[:, None]
     score = samples.mean(1)
     asked = outcome >= ASKED if mode == "repo" else torch.ones_like(outcome, dtype=torch.bool)
     score = score.where(asked, 0)

@@ -41,7 +41,7 @@ def advantages(scores: Scores, sizes: list[int], step: int, config: Config) -> t
         outcome, given, boundaries, alpha=config.trust.alpha, anneal=anneal, threshold=config.trust.threshold,
         mode="off" if thinking is None else config.trust.mode, uniform=config.trust.uniform_groups, quorum=config.thinking.quorum,
         normalize=config.algorithm.normalize, sigma_filter=config.algorithm.sigma_filter)
-    scored = ~given.reshape(len(outcome), -1).isnan().any(1)
+    scored = ~(given if given.dim() == 1 else given.sum(1)).isnan()
     row_group = torch.repeat_interleave(torch.tensor(sizes, device=outcome.device))
     return trust, {
         "trust/gamma": _mean_gamma(trust, outcome >= config.trust.threshold, scored, row_group, len(sizes), config),

@@ -1,0 +1,130 @@
+"""Wrong arguments: a ValueError that names the argument, its value and what was expected."""
+from __future__ import annotations
+
+import pytest
+import torch
+from sophiavl_fast.kernels import grpo_loss, linear_logprob, logits_logprob, trust_advantage
+
+HIDDEN, WEIGHT, TARGET = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, -100, 2])
+LOGPROB, BOUNDS = torch.zeros(5), torch.tensor([0, 2, 5])
+OUTCOME, GROUPS = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 3])
+
+LINEAR = [
+    ({"hidden": torch.randn(4)}, r"hidden = a tensor of shape \[4\]: expected shape \[T, H\]"),
+    ({"hidden": torch.zeros(4, 3, dtype=torch.int64)}, "hidden = torch.int64"),
+    ({"weight": torch.randn(7, 2)}, r"weight = a tensor of shape \[7, 2\]: expected shape \[V/tp, 3\]"),
+    ({"weight": WEIGHT.bfloat16()}, "weight = torch.bfloat16: expected torch.float32"),
+    ({"target": torch.zeros(4)}, "target = torch.float32"),
+    ({"target": torch.zeros(3, dtype=torch.int64)}, r"target = a tensor of shape \[3\]: expected shape \[4\]"),
+    ({"target": torch.tensor([0, 7, 0, 0])}, r"target = \[7\]: expected ids in \[0, 7\), or -100"),
+    ({"target": torch.tensor([0, -1, 0, 0])}, r"target = \[-1\]"),
+    ({"target": torch.tensor([0, 5, 0, 0]), "vocab_size": 5}, r"target = \[5\]"),
+    ({"vocab_size": 8}, r"vocab_size = 8: expected 1 to 7"),
+    ({"bias": torch.zeros(6)}, "bias = a tensor of shape"),
+    ({"main_grad": torch.zeros(7, 3, dtype=torch.bfloat16)}, "main_grad = torch.bfloat16"),
+    ({"active": torch.tensor([4])}, r"active = \[4\]: expected rows in \[0, 4\)"),
+    ({"temperature": 0.0}, "temperature = 0.0: expected a value above 0"),
+    ({"temperature": torch.ones(2)}, "temperature = a tensor of shape"),
+    ({"chunk": 0}, "chunk = 0"),
+    ({"target": TARGET.to("meta")}, "target = a tensor on meta: expected device cpu"),
+]
+GRPO = [
+    ({"logprob": LOGPROB.bfloat16()}, "logprob = torch.bfloat16"),
+    ({"advantage": torch.zeros(4)}, r"advantage = a tensor of shape \[4\]: expected shape \[2\], one a response, or \[5\]"),
+    ({"cu_seqlens": torch.tensor([0, 2, 4])}, r"cu_seqlens\[-1\] = 4: expected 5"),
+    ({"cu_seqlens": torch.tensor([0, 6, 5])}, r"cu_seqlens = \[0, 6, 5\]: expected boundaries that never fall"),
+    ({"cu_seqlens": torch.tensor([1, 2, 5])}, r"cu_seqlens\[0\] = 1"),
+    ({"mask": torch.ones(5)}, "mask = torch.float32: expected torch.bool"),
+    ({"old_logprob": torch.zeros(4)}, "old_logprob = a tensor of shape"),
+    ({"mismatch_mask": torch.ones(3, dtype=torch.bool)}, "mismatch_mask = a tensor of shape"),
+    ({"variant": "reinforce"}, r"variant = 'reinforce': expected ppo \| cispo"),
+    ({"ratio": "word"}, "ratio = 'word'"),
+    ({"aggregate": "mean"}, "aggregate = 'mean'"),
+    ({"kl": "k4"}, "kl = 'k4'"),
+    ({"aggregate": "constant"}, "max_length = None: expected a length with aggregate='constant'"),
+    ({"max_length": 5.0}, "max_length = 5.0"),
+    ({"dual_clip": 0.5}, "dual_clip = 0.5: expected None or a value above 1"),
+    ({"dual_clip": 2.0, "variant": "cispo"}, "dual_clip = 2.0: expected None with variant='cispo'"),
+    ({"kl_coef": 0.1}, "ref_logprob = None"),
+    ({"entropy_coef": 0.1}, "entropy = None"),
+    ({"tis_cap": 2.0}, "rollout_logprob = None"),
+    ({"denominator": 0}, "denominator = 0"),
+    ({"clip_low": -0.1}, "clip_low = -0.1"),
+    ({"denominator": torch.ones(2)}, "denominator = a tensor of shape"),
+]
+TRUST = [
+    ({"outcome": torch.tensor([1, 0, 1])}, "outcome = torch.int64"),
+    ({"outcome": torch.tensor([1.0, torch.nan, 0.0])}, r"outcome = .*: expected finite values"),
+    ({"thinking": torch.zeros(2)}, r"thinking = a tensor of shape \[2\]"),
+    ({"cu_groups": torch.tensor([0, 2])}, r"cu_groups\[-1\] = 2: expected 3"),
+    ({"mode": "trust"}, r"mode = 'trust': expected paper \| repo \| variance \| off"),
+    ({"mode": "variance"}, r"thinking = 1 score\(s\) a response"),
+    ({"thinking": torch.zeros(3, 0)}, r"thinking = 0 score\(s\) a response"),
+    ({"uniform": "drop"}, "uniform = 'drop'"),
+    ({"normalize": "max"}, "normalize = 'max'"),
+    ({"quorum": 0.0}, "quorum = 0.0"),
+    ({"sigma_filter": 3.0}, "sigma_filter = 3.0: expected None with normalize='std'"),
+    ({"eps": -1.0}, "eps = -1.0"),
+]
+
+
+def ids(cases):
+    return [message[:30] for _, message in cases]
+
+
+@pytest.mark.parametrize(("change", "message"), LINEAR, ids=ids(LINEAR))
+def test_linear_logprob(change, message):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET} | change
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**arguments)
+
+
+def test_logits_logprob():
+    with pytest.raises(ValueError, match=r"logits = a tensor of shape \[3\]: expected shape \[T, V/tp\]"):
+        logits_logprob(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"target = \[3\]"):
+        logits_logprob(torch.zeros(1, 3), torch.tensor([3]))
+
+
+@pytest.mark.parametrize(("change", "message"), GRPO, ids=ids(GRPO))
+def test_grpo_loss(change, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**({"logprob": LOGPROB, "advantage": torch.zeros(2), "cu_seqlens": BOUNDS} | change))
+
+
+@pytest.mark.parametrize(("change", "message"), TRUST, ids=ids(TRUST))
+def test_trust_advantage(change, message):
+    with pytest.raises(ValueError, match=message):
+        trust_advantage(**({"outcome": OUTCOME, "thinking": torch.zeros(3), "cu_groups": GROUPS} | change))
+
+
+def test_wrong_backends_are_errors(monkeypatch):
+    run = lambda **kw: logits_logprob(torch.zeros(1, 3), torch.tensor([0]), **kw)
+    with pytest.raises(ValueError, match="backend = 'cuda'"):
+        run(backend="cuda")
+    monkeypatch.setenv("SOPHIAVL_KERNELS", "fastest")
+    with pytest.raises(ValueError, match=r"SOPHIAVL_KERNELS = 'fastest': expected auto \| triton \| cpu \| reference"):
+        run()
+    assert run(backend="reference")[0].shape == (1,)  # the argument goes before the environment
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_an_absent_backend_is_no_fallback(backend, monkeypatch):
+    from sophiavl_fast.kernels import dispatch
+
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "logits_logprob", {"reference": dispatch.IMPLEMENTATIONS["logits_logprob"]["reference"]})
+    with pytest.raises(ValueError, match=f"backend = '{backend}': logits_logprob has no such backend in this build; available: reference"):
+        logits_logprob(torch.zeros(1, 3), torch.tensor([0]), backend=backend)
+
+
+def test_the_folder_kernels_is_no_package():
+    """transformers probes for a top-level package of that name and would import ours."""
+    import importlib.util
+    from pathlib import Path
+
+    import sophiavl_fast.kernels as ours
+
+    assert Path(ours.__file__).parent.name == "ops"
+    assert not (Path(ours.__file__).parents[1] / "__init__.py").exists()
+    found = importlib.util.find_spec("kernels")
+    assert found is None or found.origin is None or "ops" not in str(found.origin)

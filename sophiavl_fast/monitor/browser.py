@@ -48,9 +48,8 @@ class Pictures:
 
 def data_uri(path: Path) -> tuple[str, tuple[int, int]]:
     """The picture, no side longer than SIDE, and its original (width, height). Raises OSError."""
-    with Image.open(path) as image:
-        size = image.size
-        image = image.convert("RGB")
+    with Image.open(path) as file:
+        size, image = file.size, file.convert("RGB")
     out = io.BytesIO()
     if max(size) <= SMALL:
         kind = "png"

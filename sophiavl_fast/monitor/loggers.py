@@ -65,7 +65,7 @@ class Trackio:
 
 def open_loggers(run_dir: Path, config: Config, resume_step: int | None) -> list[Logger]:
     """The loggers that `monitor.*` asks for. Raises UserError for one that is not installed."""
-    chosen = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+    chosen: dict[str, type[TensorBoard] | type[Wandb] | type[Trackio]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
     return [kind(run_dir, config, resume_step) for name, kind in chosen.items() if getattr(config.monitor, name)]
 
 

@@ -63,8 +63,10 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        for closing in (self._metrics, self._samples, *self._loggers):
-            closing.close()
+        self._metrics.close()
+        self._samples.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 def _reopen(path: Path, last_step: int) -> tuple[TextIOWrapper, int]:

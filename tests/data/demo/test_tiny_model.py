@@ -73,7 +73,8 @@ def test_only_end_of_turn_stops_and_specials_are_banned(tiny):
     processor = Processor(tiny)
     ids = processor.tokenizer.convert_tokens_to_ids
     assert processor.stop_ids == [ids(tiny_model.TURN_END)]
-    assert set(processor.banned_ids) == ({*map(ids, tiny_model.SPECIAL)} | set(range(len(processor.tokenizer), tiny_model.VOCABULARY))) - set(processor.stop_ids)
+    without_token = set(range(len(processor.tokenizer), tiny_model.VOCABULARY))
+    assert set(processor.banned_ids) == ({*map(ids, tiny_model.SPECIAL)} | without_token) - set(processor.stop_ids)
 
 
 def test_its_heads_split_over_two_tensor_ranks(tiny):

@@ -81,12 +81,15 @@ class _Worker:
         process = self._process or self._start()
         try:
             _write(process, json.dumps(task).encode() + b"\n")
-            reply = _read_line(process, self._timeout_s)
+            begun, reply = _read_lines(process, _START_S, self._timeout_s)
         except BrokenPipeError:
-            reply = b""
+            begun, reply = True, b""
         if not reply:
             expired = reply is None
             self.kill()
+            if not begun:
+                how = f"did not begin within {_START_S:g} s" if expired else f"ended before it began (exit code {process.returncode})"
+                raise EngineError(f"grader process {how}; see: {sys.executable} -m sophiavl_fast.rewards.worker {self._memory_mb} 10")
             died = f"grader process ended with code {process.returncode} (memory limit {self._memory_mb} MB)"
             return f"grader killed after {self._timeout_s:g} s" if expired else died
         found = json.loads(reply)
@@ -96,9 +99,6 @@ class _Worker:
         command = [sys.executable, "-m", "sophiavl_fast.rewards.worker", str(self._memory_mb), str(self._timeout_s)]
         self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                                    bufsize=0, env=os.environ | _ENVIRONMENT)
-        if not _read_line(process, _START_S):
-            self.kill()
-            raise EngineError(f"grader process did not start (exit code {process.returncode}); run by hand: {' '.join(command)}")
         return process
 
     def kill(self) -> None:
@@ -122,16 +122,23 @@ def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
         left = left[os.write(process.stdin.fileno(), left):]  # type: ignore[union-attr]
 
 
-def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-    """One line of the process's output, b"" when it has ended, None when the time is over."""
-    deadline, line = time.monotonic() + seconds, b""
+def _read_lines(process: subprocess.Popen[bytes], start_s: float, seconds: float) -> tuple[bytes | None, bytes | None]:
+    """Two lines of the process's output, each with its time; b"" where it has ended, None where the time is over."""
+    first, rest = _read_line(process, b"", start_s)
+    return (first, _read_line(process, rest, seconds)[0]) if first else (first, first)
+
+
+def _read_line(process: subprocess.Popen[bytes], data: bytes, seconds: float) -> tuple[bytes | None, bytes]:
+    """One line and what came after it; `data` was read before."""
+    deadline = time.monotonic() + seconds
     pipe = process.stdout.fileno()  # type: ignore[union-attr]
-    while not line.endswith(b"\n"):
+    while b"\n" not in data:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([pipe], [], [], left)[0]:
-            return None
+            return None, data
         chunk = os.read(pipe, 65536)
         if not chunk:
-            return b""
-        line += chunk
-    return line
+            return b"", data
+        data += chunk
+    line, _, rest = data.partition(b"\n")
+    return line, rest

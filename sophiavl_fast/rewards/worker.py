@@ -1,4 +1,4 @@
-"""A grader process: one task a line in, one outcome a line out, as JSON. Started by sandbox.py, never imported by the trainer.
+"""A grader process: one task a line in, "begun" and one outcome a line out, as JSON. Started by sandbox.py, never imported by the trainer.
 
 `python -m sophiavl_fast.rewards.worker MEMORY_MB SECONDS`
 
@@ -22,20 +22,19 @@ def main(memory_mb: int, seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes our input
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints must not look like a reply
-    import math_verify  # noqa: F401  (slow imports come before the first deadline runs)
-    import rouge_score.rouge_scorer  # noqa: F401
-
-    from sophiavl_fast.rewards.graders import grade
+    from sophiavl_fast.rewards.graders import grade, prepare
     from sophiavl_fast.rewards.graders.task import Task
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     sys.setrecursionlimit(2000)
-    replies.write('"ready"\n')
     for line in sys.stdin:
+        task = Task(*json.loads(line))
+        prepare(task.kind)
         _allow(seconds)
+        replies.write('"begun"\n')
         try:
-            reply: float | str = grade(Task(*json.loads(line)))
+            reply: float | str = grade(task)
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         except Exception as error:

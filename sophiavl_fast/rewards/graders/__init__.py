@@ -18,6 +18,13 @@ def grader(kind: str) -> ModuleType:
     return GRADERS[kind]
 
 
+def prepare(kind: str) -> None:
+    """Import what grading this type needs, so that a deadline counts grading only."""
+    module = grader(kind)
+    if hasattr(module, "prepare"):
+        module.prepare()
+
+
 def quick(task: Task) -> float | None:
     """The outcome where it can be had at once, None where a worker must find it."""
     module = grader(task.kind)

@@ -19,7 +19,7 @@ _NUMBER = re.compile(
     r"\s?(?P<percent>\\?%)?")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)(?![A-Za-z0-9])")
 _MINUS = str.maketrans({"−": "-", "–": "-", "\N{FULLWIDTH PERCENT SIGN}": "%"})
-_MARKUP = " *_`."
+_MARKUP = " *_`"
 _LONGEST = 64  # characters of a plain number; longer ones go the slow way
 
 
@@ -65,14 +65,18 @@ def grade(task: Task) -> float:
     return float(verify(gold, answer, timeout_seconds=None))
 
 
+def prepare() -> None:
+    """Import the parser."""
+    import math_verify  # noqa: F401
+
+
 def close(left: float, right: float, tolerance: float) -> bool:
     """Equal within a relative tolerance; false for what is not finite."""
     return math.isfinite(left) and math.isfinite(right) and math.isclose(left, right, rel_tol=tolerance)
 
 
 def _normal(text: str) -> str:
-    text = clean(text.translate(_MINUS)).strip(_MARKUP + "")
-    return text.replace("{,}", ",") if "{," in text else text
+    return clean(text.translate(_MINUS)).strip(_MARKUP).rstrip("." + _MARKUP).replace("{,}", ",")
 
 
 def _number(text: str) -> Number | None:

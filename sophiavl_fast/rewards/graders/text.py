@@ -32,6 +32,11 @@ def grade(task: Task) -> float:
     return sum(found[m].fmeasure for m in _MEASURES) / len(_MEASURES)
 
 
+def prepare() -> None:
+    """Import rouge-score (a second, most of it NLTK)."""
+    _scorer()
+
+
 class Tokenizer:
     """Lower-case words of any script; words of more than three letters are stemmed, as rouge-score does."""
 

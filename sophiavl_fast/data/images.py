@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from sophiavl_fast.errors import UserError
 
@@ -17,7 +18,10 @@ MAX_PIXELS = 128 * 1024 * 1024
 # Formats whose decoders are plain pixels: no PostScript, no fonts, no external programs.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()  # PIL looks formats up by name only once their plugins are loaded
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TURNS = {  # EXIF orientation -> what sets the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +71,16 @@ def _reference(item: Any, base: Path, label: str) -> ImageRef:
 def size(ref: ImageRef) -> tuple[int, int]:
     """(height, width) as decoded, EXIF rotation included, from the header alone. Raises UserError for what is no image."""
     with ref.open() as stream, _opened(ref, stream) as image:
-        return (image.width, image.height) if _orientation(image) in _TURNED else (image.height, image.width)
+        return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
 
 
 def decode(ref: ImageRef) -> Image.Image:
     """The image as RGB: upright by its EXIF tag, first frame, transparency on white. Raises UserError where it cannot be decoded."""
     with ref.open() as stream, _opened(ref, stream) as image:
+        turn = _TURNS.get(_orientation(image))
         try:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return _rgb(image if turn is None else image.transpose(turn))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{ref.label} is corrupt: {error}") from None
 
@@ -112,7 +117,16 @@ def _opened(ref: ImageRef, stream: IO[bytes]) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(0x0112, 1)
+    """EXIF orientation 1 to 8, from what the header holds; PNG's own getexif would decode the picture to look behind it.
+
+    1 for TIFF, which PIL turns by itself, and for a block that cannot be parsed.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        return Image.Image.getexif(image).get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

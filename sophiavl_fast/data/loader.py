@@ -81,23 +81,17 @@ class Loader:
         for key, value in self._identity().items():
             if state[key] != value:
                 raise UserError(f"the checkpoint's data stream had {key} = {state[key]}, this run has {value}; restore it or start a new run.dir")
-        self._forget()
         self._cursor, self.skipped = state["cursor"], state["skipped"]
 
     def close(self) -> None:
         """Stop the threads and close the files."""
-        self._forget()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
         for dataset in self._datasets:
             dataset.close()
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": [[d.name, len(d)] for d in self._datasets], "weights": self._weights}
-
-    def _forget(self) -> None:
-        for future in self._ahead.values():
-            future.cancel()
-        self._ahead.clear()
 
     def _prepare(self, position: int, index: int, row: int) -> tuple[Prompt, int]:
         """The prompt of a position and how many unusable records stood in its way. Runs in a thread."""

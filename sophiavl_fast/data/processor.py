@@ -79,9 +79,8 @@ class Processor:
         if not images:
             return text, token_ids, list(token_ids), [], None, None
         resized = [self._resized(image) for image in images]
-        features = self._images(images=resized, return_tensors="pt")
-        expansions = [self._ids(self._hf.replace_image_token(features, i)) for i in range(len(images))]
-        return text, token_ids, self._expanded(token_ids, expansions), resized, features["pixel_values"], features.get("image_grid_thw")
+        whole = self._hf(text=[text], images=resized, add_special_tokens=False, return_tensors="pt")
+        return text, token_ids, whole["input_ids"][0].tolist(), resized, whole["pixel_values"], whole.get("image_grid_thw")
 
     def tokenize(self, messages: Sequence[dict[str, Any]], images: int) -> tuple[str, list[int]]:
         """The chat text and its ids, one placeholder an image. Raises UserError where user text smuggles in a special token."""
@@ -111,10 +110,6 @@ class Processor:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _expanded(self, token_ids: list[int], expansions: list[list[int]]) -> list[int]:
-        left = iter(expansions)
-        return [i for token in token_ids for i in (next(left) if token == self.image_token_id else (token,))]
 
     def _resized(self, image: Image.Image) -> Image.Image:
         """As the image processor itself would resize it. Families that tile instead of resizing get the image as it is."""

@@ -14,8 +14,9 @@ from tests.data.conftest import picture, record
 
 @pytest.fixture
 def mixed(store):
-    """Eight records: 0 to 2 images each, one corrupt image, one unknown type."""
-    (store.folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    """Eight records: 0 to 2 images each, one image cut short behind a sound header, one unknown type."""
+    whole = store.folder / store.image("cut.png", picture(0, 100, 100))
+    whole.write_bytes(whole.read_bytes()[:5000])
     paths = [store.image(f"{i}.png", picture(i, 50 + 10 * i, 80)) for i in range(4)]
     rows = [record(0), record(1, path=paths[0]), record(2, path=paths[1:3], problem_type="OCR"), record(3, path="cut.png"),
             record(4, problem_type="txt"), record(5, problem_type="text"), record(6, path=paths[3]), record(7)]

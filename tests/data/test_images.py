@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sophiavl_fast.data import images
 from sophiavl_fast.errors import UserError
@@ -120,15 +120,28 @@ def test_transparency_goes_on_white():
     assert images.decode(of(encoded(keyed, transparency=0))).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_exif_orientation():
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_exif_orientation(form, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    flat = Image.new("RGB", (40, 20), "black")
-    flat.paste("white", (0, 0, 20, 20))
-    ref = of(encoded(flat, "JPEG", exif=exif, quality=95))
+    exif[0x0112] = orientation
+    flat = Image.fromarray(np.arange(40 * 20 * 3, dtype=np.uint8).reshape(20, 40, 3) // 2)
+    ref = of(encoded(flat, form, exif=exif, **({"quality": 95} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {})))
     out = images.decode(ref)
-    assert images.size(ref) == (out.height, out.width) == (40, 20)
-    assert out.getpixel((10, 5))[0] > 200 and out.getpixel((10, 35))[0] < 50  # turned by 90 degrees clockwise: left became top
+    assert images.size(ref) == (out.height, out.width) == ((40, 20) if orientation >= 5 else (20, 40))
+    if form != "JPEG":
+        stored = Image.open(io.BytesIO(encoded(flat)))
+        stored.getexif()[0x0112] = orientation
+        assert np.array_equal(np.asarray(out), np.asarray(ImageOps.exif_transpose(stored)))
+
+
+def test_a_broken_exif_block_says_nothing():
+    assert images.decode(of(encoded(picture(), "JPEG", exif=b"Exif\x00\x00garbage"))).size == (60, 40)
+
+
+def test_size_reads_the_header_alone():
+    """A picture whose pixels are gone still has a size: 130,000 of them are measured without decoding one."""
+    assert images.size(of(encoded(picture(0, 200, 300))[:200])) == (200, 300)
 
 
 def test_grey_palette_and_deep_images():

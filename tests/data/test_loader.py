@@ -144,6 +144,15 @@ def test_order_far_out_equals_the_walk():
     rows = [walked.at(p) for p in range(9000)]
     for position in (8999, 4096, 4095, 0, 8191, 8192):
         assert direct.at(position) == rows[position]
+    for index, size in enumerate((7, 3)):
+        of_set = [row for chosen, row in rows if chosen == index]
+        assert all(sorted(of_set[i:i + size]) == list(range(size)) for i in range(0, len(of_set) - size, size))
+
+
+def test_spares_differ_by_position_and_attempt():
+    """One stand-in for all positions would train on that record alone."""
+    order = Order([1000], None, seed=5, shuffle=True)
+    assert len({order.spare(p, 0, 0) for p in range(100)}) > 80 < len({order.spare(0, 0, a) for a in range(100)})
 
 
 @pytest.mark.parametrize("change,message", [

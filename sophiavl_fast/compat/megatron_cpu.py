@@ -16,10 +16,11 @@ from unittest import mock
 import torch
 import torch.utils._device
 
-with warnings.catch_warnings():  # "Transformer Engine and Apex are not installed": they are not needed
-    warnings.simplefilter("ignore")
-    import megatron.core.optimizer  # noqa: F401  (the module that warns)
-    import megatron.core.tensor_parallel.random as megatron_random
+# Of no use to whoever runs a trainer: "Apex is not installed" (it is not needed) and deprecations of what megatron-core calls.
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+import megatron.core.tensor_parallel.random as megatron_random  # noqa: E402
 
 CPU = torch.device("cpu")
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "empty_like", "zeros_like", "ones_like", "full_like")

@@ -91,6 +91,9 @@ def build_model(config: Config, family: Qwen2_5_VL, layout: Layout) -> tuple[Vis
     heads = mapping.Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"], family.vocab_size, padded)
     model = VisionLanguageModel(transformer, family, layout, padded, config.policy.recompute)
     mapping.load(model, family, heads, layout)
+    for _, rule, parameter in mapping.parameters(model, family):
+        if rule.kind != "whole":  # megatron marks shards as it initialises them; unmarked ones count once in the gradient norm
+            parameter.tensor_model_parallel = True
     _mark_vision(model, config.model.freeze_vision, average=layout.tensor > 1 and not on_cpu)
     return model, heads
 

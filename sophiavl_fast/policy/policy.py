@@ -18,6 +18,7 @@ from sophiavl_fast.config import Config
 from sophiavl_fast.errors import EngineError
 from sophiavl_fast.policy import mapping, optimizer, packing
 from sophiavl_fast.policy.attention import RowPlan, plan_row
+from sophiavl_fast.policy.compare_hf import HuggingFace
 from sophiavl_fast.policy.distributed import Layout, open_layout
 from sophiavl_fast.policy.export import export
 from sophiavl_fast.policy.families import Qwen2_5_VL, open_family
@@ -40,10 +41,12 @@ class Policy:
     """Every method but the properties is collective: all ranks of a replica (update, sum_over_replicas, weights, export: all ranks) call it."""
 
     def __init__(self, config: Config, layout: Layout, family: Qwen2_5_VL, model: VisionLanguageModel, heads: mapping.Heads,
-                 *, ban_bias: Tensor | None, temperature: float, reference: bool, total_steps: int) -> None:
+                 *, banned_ids: Sequence[int], temperature: float, reference: bool, total_steps: int) -> None:
         self.config, self.layout, self.family, self.model, self.heads = config, layout, family, model, heads
         self.updates = 0
-        self._ban_bias, self._temperature, self._total = ban_bias, temperature, total_steps
+        self.banned_ids, self.temperature, self._total = sorted(i for i in set(banned_ids) if i < heads.vocab), temperature, total_steps
+        self._ban_bias = _ban_bias(self.banned_ids, heads, layout) if layout.last_stage else None
+        self._hf: HuggingFace | None = None
         self._reference = self._copy_weights() if reference else None
         self._wrapped = optimizer.wrap(model)
         self.optimizer = optimizer.build_optimizer(config, self._wrapped)
@@ -61,8 +64,7 @@ class Policy:
         try:
             with without_cuda(layout.device):
                 model, heads = build_model(config, family, layout)
-                bias = _ban_bias(banned_ids, heads, layout) if layout.last_stage else None
-                return cls(config, layout, family, model, heads, ban_bias=bias, temperature=temperature, reference=reference, total_steps=total_steps)
+                return cls(config, layout, family, model, heads, banned_ids=banned_ids, temperature=temperature, reference=reference, total_steps=total_steps)
         except BaseException:
             layout.close()
             raise
@@ -105,6 +107,11 @@ class Policy:
         with without_cuda(self.device), self._weights_of(reference):
             found = self._run(batches, lambda batch, hidden: self._head(hidden, batch, entropy=False)[0], forward_only=True)
         return [self._from_last_stage(lp, len(b.target)) for lp, b in zip(found or [None] * len(batches), batches, strict=True)]
+
+    def compare_hf(self, batches: list[Batch], logprobs: list[Tensor]) -> float:
+        """Largest difference between `logprobs` (of these batches) and plain transformers on the live weights, over all replicas."""
+        self._hf = self._hf or HuggingFace(self)
+        return float(self.layout.max_over_replicas(torch.tensor(self._hf.difference(batches, logprobs))))
 
     def update(self, batches: list[Batch], loss_fn: LossFn, *, entropy: bool = False) -> UpdateResult:
         """One optimizer step on the sum of `loss_fn(batch, logprob [T], entropy [T] or None)` over micro-batches and replicas.
@@ -175,7 +182,7 @@ class Policy:
         """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution."""
         weight = self.model.head_weight()
         return kernels.linear_logprob(
-            hidden, weight, batch.target, bias=self._ban_bias, temperature=self._temperature, entropy=entropy, vocab_size=self.heads.vocab,
+            hidden, weight, batch.target, bias=self._ban_bias, temperature=self.temperature, entropy=entropy, vocab_size=self.heads.vocab,
             group=self.layout.tp_group if self.layout.tensor > 1 else None, main_grad=weight.main_grad if torch.is_grad_enabled() else None,
             chunk=self.config.policy.logprob_chunk,
         )
@@ -225,5 +232,5 @@ def _ban_bias(banned: Sequence[int], heads: mapping.Heads, layout: Layout) -> Te
     if not banned:
         return None
     bias = torch.zeros(heads.padded_vocab)
-    bias[torch.tensor([i for i in banned if i < heads.vocab], dtype=torch.int64)] = float("-inf")
+    bias[torch.tensor(banned)] = float("-inf")
     return bias.chunk(layout.tensor)[dist.get_rank(layout.tp_group)].to(layout.device)

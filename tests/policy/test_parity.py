@@ -145,3 +145,15 @@ def test_bf16_stays_near_fp32(folder, create):
     found = gradients(policy, batches, draw(groups))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
     assert all(t.dtype == torch.bfloat16 for _, t in policy.weights())
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "plain"])
+def test_compare_hf_sees_the_live_weights(tied_folder, create, share):
+    policy = create(tied_folder, policy={"share_prompt": share, "tokens_per_row": 100}, banned_ids=[1, 115], temperature=0.8)
+    batches, groups = policy.pack(tiny.groups(), None), tiny.groups()
+    before = policy.logprobs(batches)
+    assert policy.compare_hf(batches, before) < LOGPROB
+    policy.update(batches, weighted_sum(batches, draw(groups)))
+    after = policy.logprobs(batches)
+    assert policy.compare_hf(batches, after) < LOGPROB
+    assert policy.compare_hf(batches, before) > 1e-4

@@ -88,10 +88,10 @@ class Dataset:
             image_paths=[i.path for i in example.images], pixel_values=pixels, image_grid_thw=grid, record=example.record,
         )
 
-    def length(self, example: Example, processor: Processor, max_tokens: int | None = None) -> int:
-        """Prompt tokens, image tokens included, from image headers alone. Raises UserError above `max_tokens`: a prompt is never cut."""
+    def length(self, example: Example, sizes: Sequence[tuple[int, int]], processor: Processor, max_tokens: int | None = None) -> int:
+        """Prompt tokens, image tokens included, from the images' (height, width) alone. Raises UserError above `max_tokens`: a prompt is never cut."""
         _, token_ids = processor.tokenize(self._messages(example), len(example.images))
-        length = processor.expanded_length(token_ids, [images.size(i) for i in example.images])
+        length = processor.expanded_length(token_ids, sizes)
         _refuse_long(length, max_tokens)
         return length
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from sophiavl_fast.config import Rewards as RewardsConfig
+from sophiavl_fast.errors import UserError, nearest
 from sophiavl_fast.rewards.format import parse
 from sophiavl_fast.rewards.outcome import OutcomeScorer
 from sophiavl_fast.types import Group, Prompt
@@ -79,7 +80,7 @@ def _rule(name: str) -> Callable[[dict, str], bool]:
         from sophiavl_fast.data.demo import soundness
 
         return lambda record, response: soundness.check(record, response).sound
-    return lambda record, response: None  # a rule this version does not know counts as none
+    raise UserError(f"reasoning_check '{name}': no such rule{nearest(name, ['demo_digits'])}")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -68,7 +68,7 @@ class Layout:
         pixels = [r.pixel_values for r in rows] if rows is not None else None
         if self.first_stage and self.tensor > 1:
             pixels = self._broadcast(pixels, self.first_stage_peers, self.peer_ranks[0])
-        return [replace(r, pixel_values=p) for r, p in zip(light, pixels)] if self.first_stage else light
+        return [replace(r, pixel_values=p) for r, p in zip(light, pixels or [])] if self.first_stage else light
 
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
         """The sum of every replica's tensor, which may lie on the CPU or on the device; the argument is left as it is."""
@@ -83,6 +83,17 @@ class Layout:
         if self.replicas > 1 and total.numel():
             dist.all_reduce(total, op=operation, group=self.dp_group if total.device.type == "cuda" else self.replicas_control)
         return total
+
+    def gather_replicas(self, value: Any) -> list[Any]:
+        """Every replica's object, in the order of the replicas, on the counterparts of this rank."""
+        if self.replicas == 1:
+            return [value]
+        found: list[Any] = [None] * self.replicas
+        try:
+            dist.all_gather_object(found, value, group=self.replicas_control)
+        except RuntimeError as error:
+            raise EngineError(f"replica {self.replica} waited for another replica in vain: {str(error).splitlines()[0]}") from error
+        return found
 
     def close(self) -> None:
         """Undo `open_layout`; a process group that was there before stays."""

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from sophiavl_fast import kernels
 from sophiavl_fast.compat.megatron_cpu import without_cuda
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import EngineError
+from sophiavl_fast.kernels import STATS, SUMS, linear_logprob
 from sophiavl_fast.policy import mapping, optimizer, packing
 from sophiavl_fast.policy.attention import RowPlan, plan_row
 from sophiavl_fast.policy.compare_hf import HuggingFace
@@ -141,7 +141,7 @@ class Policy:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(published name, full fp32 gradient) that the last update stepped on, after clipping; trained parameters only."""
-        def reduced(p: torch.nn.Parameter) -> Tensor:
+        def reduced(p: Any) -> Tensor:
             return optimizer.gathered(self.optimizer, self.layout, p, lambda shard: p.main_grad.view(-1)[shard.begin:shard.end])
 
         return mapping.full_tensors(self.model, self.family, self.heads, self.layout, reduced, dtype=torch.float32, select=lambda p: p.requires_grad)
@@ -153,6 +153,10 @@ class Policy:
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
         """The sum of the replicas' tensors, on every rank."""
         return self.layout.sum_over_replicas(tensor)
+
+    def gather_replicas(self, value: Any) -> list[Any]:
+        """Every replica's object, in the order of the replicas; for leads among leads."""
+        return self.layout.gather_replicas(value)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -180,8 +184,8 @@ class Policy:
 
     def _head(self, hidden: Tensor, batch: Batch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution."""
-        weight = self.model.head_weight()
-        return kernels.linear_logprob(
+        weight: Any = self.model.head_weight()
+        return linear_logprob(
             hidden, weight, batch.target, bias=self._ban_bias, temperature=self.temperature, entropy=entropy, vocab_size=self.heads.vocab,
             group=self.layout.tp_group if self.layout.tensor > 1 else None, main_grad=weight.main_grad if torch.is_grad_enabled() else None,
             chunk=self.config.policy.logprob_chunk,
@@ -200,7 +204,7 @@ class Policy:
         if not self.layout.last_stage:
             return self._from_last_stage(None, int(self._from_last_stage(None, 1, torch.int64)))
         each = torch.stack(parts)
-        sums = kernels.SUMS if each.shape[1] == len(kernels.STATS) else each.shape[1]
+        sums = SUMS if each.shape[1] == len(STATS) else each.shape[1]
         total = torch.cat([self.sum_over_replicas(each[:, :sums].sum(0)), self.layout.max_over_replicas(each[:, sums:].amax(0))])
         self._from_last_stage(torch.tensor([total.numel()], device=self.device), 1, torch.int64)
         return self._from_last_stage(total, total.numel())

@@ -70,10 +70,12 @@ def checkpoint_due(config: Config, step: int) -> bool:
     return step == config.run.steps or (bool(config.checkpoint.every) and step % config.checkpoint.every == 0)
 
 
-def split(groups: list[types.Group], advantages: torch.Tensor, parts: int) -> list[tuple[list[types.Group], torch.Tensor]]:
-    """Cut a rollout batch into `parts` runs of whole groups with their advantages [B]."""
+def split(groups: list[types.Group], advantages: torch.Tensor | None, parts: int) -> list[tuple[list[types.Group], torch.Tensor | None]]:
+    """Cut a rollout batch into `parts` runs of whole groups with their advantages [B]; empty runs where there are no groups."""
     if len(groups) % parts:
         raise UserError(f"{len(groups)} groups of a replica do not divide into algorithm.mini_batches = {parts}")
+    if advantages is None:
+        return [([], None)] * parts
     size, out, row = len(groups) // parts, [], 0
     for first in range(0, len(groups), size):
         share = groups[first:first + size]

@@ -15,7 +15,7 @@ from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.monitor import Progress, RunLog, memory, write_report
 from sophiavl_fast.policy import Policy, checkpoint
-from sophiavl_fast.recipes import setup
+from sophiavl_fast.recipes import ranks, setup
 from sophiavl_fast.types import Group, Prompt, Response
 
 
@@ -33,8 +33,7 @@ def train(config: Config) -> int:
             policy = Policy.create(config, reference=False, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
-        log = RunLog(run_dir, config, resume_step=done)
-        stack.callback(log.close)
+        log = stack.enter_context(RunLog(run_dir, config, resume_step=done) if setup.is_first_rank() else ranks.NoLog())
         setup.write_config(run_dir, config)
         for step in range((done or 0) + 1, config.run.steps + 1):
             metrics = one_step(config, loader, processor, policy, progress)
@@ -45,7 +44,8 @@ def train(config: Config) -> int:
                     checkpoint.save(policy, run_dir, step, setup.state(config, step, loader), keep=config.checkpoint.keep)
         with progress.phase("export"):
             policy.export(config.run.export or run_dir / "hf")
-    write_report(run_dir)
+    if setup.is_first_rank():
+        write_report(run_dir)
     return 0
 
 
@@ -53,15 +53,15 @@ def one_step(config: Config, loader: Loader, processor: Processor, policy: Polic
     """One optimizer step on sft.batch_size records; returns its metrics."""
     started = time.perf_counter()
     with progress.phase("data"):
-        prompts = loader.next(config.sft.batch_size, replica=policy.replica, replicas=policy.replicas)
+        prompts = loader.next(config.sft.batch_size, replica=policy.replica, replicas=policy.replicas) if policy.is_lead else []
         batches = policy.pack([as_group(p, processor, config.sft.target) for p in prompts], None)
     with progress.phase("update") as update:
         count = policy.sum_over_replicas(losses.token_count(batches))
         result = policy.update(batches, losses.sft_loss(count))
     return losses.sft_metrics(result.stats) | {
-        "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped, "mem/peak_gib": memory.peak_gib(),
+        "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped,
         "train/tokens_per_s": float(count) / update.seconds, "time/update_s": update.seconds, "time/step_s": time.perf_counter() - started,
-    }
+    } | memory.metrics()
 
 
 def as_group(prompt: Prompt, processor: Processor, target: str) -> Group:

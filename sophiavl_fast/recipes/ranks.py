@@ -1,0 +1,67 @@
+"""What a step looks like from ranks that hold no prompts, and from a step whose groups lie on several replicas."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sophiavl_fast.types import Group, Scores, WeightSource
+
+
+class Follower:
+    """The rollout of a lead's peers: it samples nothing, but takes part in gathering the weights that the lead sends."""
+
+    version = 0
+
+    def generate(self, *_: Any, **__: Any) -> list[Group]:
+        return []
+
+    def send(self, source: WeightSource, version: int) -> dict[str, float]:
+        for _ in source.weights():
+            pass
+        self.version = version
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class NoLog:
+    """The run's log on every rank but the first."""
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def samples(self, records: Iterable[dict[str, Any]]) -> None: ...
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(slots=True)
+class Step:
+    """Scores of all replicas' responses; `sizes`: responses of each group; `firsts`: the first response of each replica."""
+
+    scores: Scores
+    sizes: list[int]
+    firsts: list[int]
+
+    def rows(self, replica: int) -> slice:
+        """This replica's responses among all."""
+        return slice(self.firsts[replica], self.firsts[replica + 1])
+
+
+def joined(parts: list[tuple[Scores, list[int]]]) -> Step:
+    """One Step from (scores, group sizes) of each replica, in their order."""
+    firsts = [0]
+    for scores, _ in parts:
+        firsts.append(firsts[-1] + len(scores.outcome))
+    thinking = [s.thinking for s, _ in parts if s.thinking is not None]
+    return Step(
+        Scores(outcome=torch.cat([s.outcome for s, _ in parts]), format_ok=torch.cat([s.format_ok for s, _ in parts]),
+               thinking=torch.cat(thinking) if thinking else None, killed=sum(s.killed for s, _ in parts),
+               reasons={first + row: why for first, (s, _) in zip(firsts, parts) for row, why in s.reasons.items()}),
+        [n for _, sizes in parts for n in sizes], firsts)

@@ -88,7 +88,7 @@ def _look(dataset: Dataset, index: int, processor: Processor | None, max_tokens:
         example = dataset.example(index)
         try:
             sizes = [images.size(i) for i in example.images]
-            tokens = dataset.length(example, sizes, processor, max_tokens) if processor else None
+            tokens = dataset.length(example, processor, max_tokens, sizes=sizes) if processor else None
             for image in example.images:
                 images.verify(image)
         except UserError as error:

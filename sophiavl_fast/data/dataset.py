@@ -88,8 +88,12 @@ class Dataset:
             image_paths=[i.path for i in example.images], pixel_values=pixels, image_grid_thw=grid, record=example.record,
         )
 
-    def length(self, example: Example, sizes: Sequence[tuple[int, int]], processor: Processor, max_tokens: int | None = None) -> int:
-        """Prompt tokens, image tokens included, from the images' (height, width) alone. Raises UserError above `max_tokens`: a prompt is never cut."""
+    def length(self, example: Example, processor: Processor, max_tokens: int | None = None, *, sizes: Sequence[tuple[int, int]] | None = None) -> int:
+        """Prompt tokens, image tokens included, from image headers alone (or `sizes`, (height, width) each, where they were read already).
+
+        Raises UserError above `max_tokens`: a prompt is never cut.
+        """
+        sizes = [images.size(i) for i in example.images] if sizes is None else sizes
         _, token_ids = processor.tokenize(self._messages(example), len(example.images))
         length = processor.expanded_length(token_ids, sizes)
         _refuse_long(length, max_tokens)

@@ -49,6 +49,7 @@ def engine_arguments(config: Config, device: str, backend: str) -> dict[str, Any
         "max_num_batched_tokens": max(8192, length),
         "tensor_parallel_size": config.rollout.tensor_parallel,
         "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+        "mm_processor_cache_gb": 0,      # training images seldom come twice, and it would grow to gigabytes of pixels
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "logits_processors": [f"sophiavl_fast.rollout.bans:{'BansV1' if runner == '0' else 'BansV2'}"],

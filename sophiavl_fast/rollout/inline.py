@@ -6,6 +6,7 @@ policy has initialised (a world of one) and vLLM's own shutdown would destroy.
 """
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,10 +53,15 @@ class InlineRollout:
         sampling = Sampling(n, step, seed, temperature, max_new_tokens)
         collected = Collected(prompts, sampling, self._decode, on_group, on_progress)
         with kept_globals():
-            for number, prompt in enumerate(prompts):
-                self._add(number, prompt, sampling)
-            for number, samples in self._finished():
-                collected.add(number, samples)
+            rendered = [self._render(prompt) for prompt in prompts]   # all checked before the first is queued
+            try:
+                for number, prompt in enumerate(prompts):
+                    self._queue(number, prompt, rendered[number], sampling)
+                for number, samples in self._finished():
+                    collected.add(number, samples)
+            except BaseException:
+                self._engine.abort_request([str(i) for i in range(len(prompts))])   # or they would answer the next call
+                raise
         return collected.groups()
 
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
@@ -72,17 +78,21 @@ class InlineRollout:
             _shut_down(self._engine, self._own_group)
         self._engine = None
 
-    def _add(self, number: int, prompt: Prompt, sampling: Sampling) -> None:
-        """Queue the n samples of a prompt; its images are processed once."""
-        from vllm import SamplingParams
+    def _render(self, prompt: Prompt) -> Any:
+        """vLLM's processed input; it is shared by the n samples, so images are processed once a prompt."""
         from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
 
         given = TokensPrompt(prompt_token_ids=prompt.token_ids)
         if prompt.images:
             given["multi_modal_data"] = {"image": prompt.images}
         [rendered] = self._engine.renderer.render_cmpl([given])
         check_prompt_ids(prompt, rendered["prompt_token_ids"])
+        return rendered
+
+    def _queue(self, number: int, prompt: Prompt, rendered: Any, sampling: Sampling) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         params = SamplingParams(**sampling.arguments(prompt, self._stop_ids), flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
         self._engine.add_request(str(number), rendered, params)
 
@@ -170,15 +180,18 @@ def _start(arguments: dict[str, Any]) -> Any:
 
 
 def _shut_down(engine: Any, own_group: bool) -> None:
-    core = engine.engine_core.engine_core
+    """vLLM's own shutdown, less the end of the default process group where that is the trainer's."""
+    client = engine.engine_core
     if own_group:
-        core.shutdown()
+        client._finalizer()
         return
     from vllm.distributed import parallel_state
 
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
+    client._finalizer.detach()                 # it would run when the engine is collected, and end the group then
+    client.engine_core.model_executor.shutdown()
+    client.engine_core.scheduler.shutdown()
     parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:      # vLLM's handle of the default group; the group itself is the trainer's
+    if parallel_state._WORLD is not None:      # vLLM's handle of the default group, not the group itself
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
+    gc.unfreeze()                              # the engine froze all objects at its start

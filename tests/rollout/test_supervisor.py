@@ -1,0 +1,79 @@
+"""No orphans: whatever ends the trainer, the supervisor ends the server's whole family."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+# A stand-in server that behaves like vLLM at its worst: a child in a session of its own which ignores SIGTERM, and outlives it.
+SERVER = ("import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+          "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'],"
+          " start_new_session=True); print(os.getpid(), flush=True); time.sleep(600)")
+# A trainer; the forked child holds a copy of the pipe's end, as grader workers do.
+TRAINER = ("import os, subprocess, sys, time;"
+           "s = subprocess.Popen([sys.executable, '-m', 'sophiavl_fast.rollout.supervisor', sys.executable, '-c', sys.argv[1]],"
+           " stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True);"
+           "print(s.pid, s.stdout.readline().decode(), flush=True); pid = os.fork(); time.sleep(600)")
+
+
+@pytest.fixture
+def trainer():
+    process = subprocess.Popen([sys.executable, "-c", TRAINER, SERVER], stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    supervisor, server = (psutil.Process(int(p)) for p in process.stdout.readline().split())
+    deadline = time.monotonic() + 20
+    while len(family := [supervisor, *supervisor.children(recursive=True)]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(family) == 3
+    yield process, server, family
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_sigkill_of_the_trainer_leaves_nothing(trainer):
+    process, _, family = trainer
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_sigkill_of_the_server_leaves_nothing(trainer):
+    _, server, family = trainer
+    server.kill()
+    _, alive = psutil.wait_procs(family[1:], timeout=30)
+    assert not alive
+
+
+def test_sigterm_of_the_supervisor_leaves_nothing(trainer):
+    _, _, family = trainer
+    family[0].terminate()
+    _, alive = psutil.wait_procs(family[1:], timeout=30)
+    assert not alive
+
+
+@pytest.mark.kill
+@pytest.mark.engine
+@pytest.mark.parametrize("after", ["ready", "starting"])
+def test_sigkill_of_a_trainer_with_a_real_server(folder, tmp_path, after):
+    code = ("import sys, pathlib; from tests.rollout.host import open_engine; import sophiavl_fast.rollout.server as s;"
+            "p = lambda *a, **k: (print('starting', flush=True), w(*a, **k), print('ready', flush=True)); w = s.Server.wait_ready;"
+            "s.Server.wait_ready = p; open_engine(pathlib.Path(sys.argv[1]), sys.argv[2], engine='server'); import time; time.sleep(600)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in process.stdout:
+        if line.strip() == after:
+            break
+    if after == "starting":
+        time.sleep(8)                # somewhere in its imports
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=40)
+    assert not alive

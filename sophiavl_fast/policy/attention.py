@@ -125,7 +125,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
             query, key[plan.key_rows], value[plan.key_rows], plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv,
             window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out.flatten(1)
+        return out.flatten(1)  # type: ignore[union-attr]
     outputs = [_padded(query, key, value, bucket) for bucket in plan.buckets]
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).index_select(0, plan.place)
 

@@ -114,27 +114,30 @@ def _write_parts(policy: Policy, folder: Path) -> dict[str, str]:
 
 def _tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"model/{name}", t) for name, t in policy.weights())
-    picks: dict[str, Callable[[adam.Shard], Tensor]] = {key: lambda shard, key=key: shard.moments[key] for key in adam.MOMENTS}
-    if policy.model.config.params_dtype != torch.float32:
-        picks["main"] = lambda shard: shard.main
-    for key, pick in picks.items():
-        whole = mapping.full_tensors(
-            policy.model, policy.family, policy.heads, policy.layout, lambda p, pick=pick: adam.gathered(policy.optimizer, policy.layout, p, pick),
-            dtype=torch.float32, select=lambda p: p.requires_grad,
-        )
-        yield from ((f"{key}/{name}", t) for name, t in whole)
+    for key in _optimizer_keys(policy):
+        def whole(parameter: torch.nn.Parameter, key: str = key) -> Tensor:
+            return adam.gathered(policy.optimizer, policy.layout, parameter, lambda shard: _held(shard, key))
+
+        found = mapping.full_tensors(policy.model, policy.family, policy.heads, policy.layout, whole, dtype=torch.float32, select=lambda p: p.requires_grad)
+        yield from ((f"{key}/{name}", t) for name, t in found)
+
+
+def _optimizer_keys(policy: Policy) -> tuple[str, ...]:
+    """fp32 weights are their own main weights."""
+    return adam.MOMENTS if policy.model.config.params_dtype == torch.float32 else (*adam.MOMENTS, "main")
+
+
+def _held(shard: adam.Shard, key: str) -> Tensor:
+    return shard.main.data if key == "main" else shard.moments[key]
 
 
 def _load_optimizer(policy: Policy, read: _Reader, updates: int) -> None:
-    def put(key: str) -> Callable[[torch.nn.Parameter, Tensor], None]:
-        def inner(parameter: torch.nn.Parameter, part: Tensor) -> None:
+    for key in _optimizer_keys(policy):
+        def put(parameter: torch.nn.Parameter, part: Tensor, key: str = key) -> None:
             if (shard := adam.shard_of(policy.optimizer, parameter)) is not None:
-                place = shard.main.data if key == "main" else shard.moments[key]
-                place.view(-1).copy_(part.reshape(-1)[shard.begin:shard.end])
-        return inner
+                _held(shard, key).view(-1).copy_(part.reshape(-1)[shard.begin:shard.end])
 
-    for key in (*adam.MOMENTS, *(["main"] if policy.model.config.params_dtype != torch.float32 else [])):
-        _fill(policy, read, key, put(key), lambda p: p.requires_grad)
+        _fill(policy, read, key, put, lambda p: p.requires_grad)
     adam.set_steps(policy.optimizer, updates)
 
 

@@ -80,7 +80,7 @@ def _open(path: Path) -> Any:
     return safe_open(str(path), framework="pt")
 
 
-def parameters(model: nn.Module, family: Any) -> Iterator[tuple[str, Rule, nn.Parameter]]:
+def parameters(model: Any, family: Any) -> Iterator[tuple[str, Rule, nn.Parameter]]:
     """(local name, rule, parameter) of everything this rank holds; a head tied to a local embedding is not repeated."""
     layers = model.language.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0

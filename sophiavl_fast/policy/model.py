@@ -93,7 +93,7 @@ def build_model(config: Config, family: Qwen2_5_VL, layout: Layout) -> tuple[Vis
     mapping.load(model, family, heads, layout)
     for _, rule, parameter in mapping.parameters(model, family):
         if rule.kind != "whole":  # megatron marks shards as it initialises them; unmarked ones count once in the gradient norm
-            parameter.tensor_model_parallel = True
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     _mark_vision(model, config.model.freeze_vision, average=layout.tensor > 1 and not on_cpu)
     return model, heads
 
@@ -102,7 +102,7 @@ def _mark_vision(model: VisionLanguageModel, frozen: bool, average: bool) -> Non
     """The tower is computed on every tensor rank alike; on GPUs rounding may differ, so its gradients are averaged there."""
     for parameter in model.vision.parameters() if model.vision is not None else ():
         parameter.requires_grad_(not frozen)
-        parameter.average_gradients_across_tp_domain = average
+        parameter.average_gradients_across_tp_domain = average  # type: ignore[attr-defined]
 
 
 def _check_divisible(fields: dict[str, Any], layout: Layout) -> None:

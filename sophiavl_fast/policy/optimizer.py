@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def learning_rate(optim: Optim, update: int, total: int) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * left
 
 
-def wrap(model: nn.Module) -> DistributedDataParallel:
+def wrap(model: Any) -> DistributedDataParallel:
     """megatron's gradient buffers around the model: fp32, reduced once after the last micro-batch, summed over replicas."""
     model.config.finalize_model_grads_func = _finalize
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True)

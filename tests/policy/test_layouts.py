@@ -46,8 +46,7 @@ LAYOUTS = {
 
 
 @pytest.mark.layout
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout,tied", [*((name, False) for name in LAYOUTS), ("tp2-sp", True), ("pp2", True)])
 def test_layout_equals_a_single_process(folder, tied_folder, create, single, tmp_path, layout, tied):
     processes, parallel = LAYOUTS[layout]
     path, alone = tied_folder if tied else folder, single(tied)

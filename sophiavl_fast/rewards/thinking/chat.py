@@ -49,8 +49,8 @@ def request_body(model: str, template: JudgeTemplate, text: str, images: Sequenc
     return body | ({"logprobs": True, "top_logprobs": TOP} if logprobs else {})
 
 
-def read_reply(reply: Any, template: JudgeTemplate) -> Score:
-    """The score of a decoded reply: the expectation where it carries log-probs, else the number. Raises CallFailed for another format."""
+def read_reply(reply: Any, template: JudgeTemplate, *, expected: bool) -> Score:
+    """The number in a decoded reply; with `expected`, the mean where it carries log-probs. Raises CallFailed for another format."""
     try:
         choice = reply["choices"][0]
         text = choice["message"]["content"] or ""
@@ -60,7 +60,7 @@ def read_reply(reply: Any, template: JudgeTemplate) -> Score:
     if not isinstance(text, str):
         raise CallFailed("the reply is not in the chat/completions format")
     found = parse_score(text, template.before, template.after)
-    if math.isnan(found.value) or not tokens:
+    if math.isnan(found.value) or not (expected and tokens):
         return found
     mean = expected_score(tokens, found.value)
     return found if mean is None else Score(mean)

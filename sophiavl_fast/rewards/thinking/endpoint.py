@@ -94,7 +94,7 @@ class EndpointJudge:
             if refusal := self._breaker.refusal():
                 return self._failed(refusal)
             try:
-                score = read_reply(await self._ask(text, images, seed), self._template)
+                score = read_reply(await self._ask(text, images, seed), self._template, expected=self._logprobs)
             except CallFailed as failure:
                 self._breaker.failed(str(failure))
                 return self._failed(str(failure))

@@ -10,7 +10,8 @@ import re
 from typing import NamedTuple
 
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_SCALE = r"(?:\s?(?:/|out\s+of)\s?1(?:\.0+)?)?"
+_OUT_OF_ONE = r"\s?(?:/|out\s+of)\s?1(?:\.0+)?(?![0-9])"
+_SCALE = f"(?:{_OUT_OF_ONE})?"
 _ALONE = re.compile(rf"({_NUMBER}){_SCALE}\.?")
 _LABELLED = re.compile(rf"\b(?:score|rating|reward|grade)\b(?:\s+(?:is|of))?\s?[:=]?\s?({_NUMBER}){_SCALE}(?=\s*(?:$|[;,)\n]|\.\s|\.$))", re.IGNORECASE)
 _DECIMAL = re.compile(r"(?<![0-9.])[0-9]*\.[0-9]+(?![0-9.])")
@@ -44,7 +45,7 @@ def _number(text: str) -> Score:
     if len(labelled) != 1:
         return _unsure(text, "several scores" if labelled else "no score")
     (value,) = labelled
-    if any(float(other) != value for other in _DECIMAL.findall(bare)):
+    if any(float(other) != value for other in _DECIMAL.findall(re.sub(_OUT_OF_ONE, "", bare))):
         return _unsure(text, "several numbers")
     return _in_range(str(value), text)
 

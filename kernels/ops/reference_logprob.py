@@ -57,9 +57,8 @@ class _Logprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, live, logprob = (ctx.saved_tensors[i] for i in (1, 3, 8))
-        zero = torch.zeros_like(logprob)
-        g = zero if grad_logprob is None else grad_logprob.where(live, 0) / ctx.temperature
-        h = zero if grad_entropy is None or not ctx.entropy else grad_entropy.where(live, 0) / ctx.temperature
+        g = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob.where(live, 0) / ctx.temperature
+        h = None if grad_entropy is None or not ctx.entropy else grad_entropy.where(live, 0) / ctx.temperature
         if weight is None:
             return (_logits_gradient(ctx, g, h), *[None] * 9)
         return (*_linear_gradients(ctx, g, h), *[None] * 7)
@@ -91,28 +90,29 @@ class _Projection:
         return logits if isinstance(self.temperature, float) and self.temperature == 1.0 else logits.div_(self.temperature)
 
 
-def _shard_gradient(ctx: Any, logits: Tensor, rows: slice | Tensor, g: Tensor, h: Tensor) -> Tensor:
-    """d(g . logprob + h . entropy)/d logits of the chosen rows, [t, valid]. Overwrites `logits`.
+def _shard_gradient(ctx: Any, logits: Tensor, rows: slice | Tensor, g: Tensor, h: Tensor | None) -> Tensor:
+    """d(g . logprob + h . entropy)/d logits of the chosen rows, [t, valid]; h None: no entropy term. Overwrites `logits`.
 
     dlogprob/dl_j = [j = t] - p_j and dentropy/dl_j = -p_j (log p_j + entropy). The target's own entry is written from
     its log-prob: 1 - p_t as -expm1(log p_t) keeps the digits of confident tokens.
     """
-    column, here, top, total, logprob, entropy, g, h = (x[rows] for x in (*ctx.saved_tensors[4:], g, h))
+    column, here, top, total, logprob, entropy, g = (x[rows] for x in (*ctx.saved_tensors[4:], g))
     shifted = logits.sub_(top[:, None])
     if not logits.shape[1]:
         return logits
-    if ctx.entropy:
-        exp = shifted.exp()
-        slope = h / total
-        grad = shifted.clamp_(min=FLOOR).mul_(-slope[:, None]).sub_((g / total + slope * (entropy - total.log()))[:, None]).mul_(exp)
-    else:
+    own = -g * logprob.expm1()
+    if h is None:
         grad = shifted.exp_().mul_(-(g / total)[:, None])
-    own = -g * logprob.expm1() - h * logprob.exp() * (logprob.clamp(min=FLOOR) + entropy)
+    else:
+        h = h[rows]
+        exp, slope = shifted.exp(), h / total
+        grad = shifted.clamp_(min=FLOOR).mul_(-slope[:, None]).sub_((g / total + slope * (entropy - total.log()))[:, None]).mul_(exp)
+        own = own - h * logprob.exp() * (logprob.clamp(min=FLOOR) + entropy)
     at = column[:, None]
     return grad.scatter_(1, at, own[:, None].where(here[:, None], grad.gather(1, at)))
 
 
-def _logits_gradient(ctx: Any, g: Tensor, h: Tensor) -> Tensor:
+def _logits_gradient(ctx: Any, g: Tensor, h: Tensor | None) -> Tensor:
     logits, live = ctx.saved_tensors[0], ctx.saved_tensors[3]
     project = _Projection(None, None, ctx.shard.valid, ctx.temperature, _wide(logits.dtype))
     out = torch.zeros_like(logits)
@@ -122,7 +122,7 @@ def _logits_gradient(ctx: Any, g: Tensor, h: Tensor) -> Tensor:
     return out
 
 
-def _linear_gradients(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _linear_gradients(ctx: Any, g: Tensor, h: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden (this rank's part), weight (None where main_grad takes it) and bias."""
     hidden, weight, bias, live = ctx.saved_tensors[:4]
     valid, wide = ctx.shard.valid, _wide(hidden.dtype)
@@ -136,7 +136,7 @@ def _linear_gradients(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, Te
     for rows in _gradient_rows(ctx, g, h):
         clean = hidden[rows].to(wide).masked_fill(~live[rows, None], 0)
         grad = _shard_gradient(ctx, project(clean), rows, g, h)
-        if d_hidden is not None:
+        if d_hidden is not None and project.weight is not None:
             d_hidden[rows] = (grad @ project.weight).to(hidden.dtype)
         if d_weight is not None:
             d_weight[:valid].addmm_(grad.T, clean)
@@ -147,12 +147,12 @@ def _linear_gradients(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, Te
     return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
 
 
-def _gradient_rows(ctx: Any, g: Tensor, h: Tensor) -> list[slice] | tuple[Tensor, ...]:
+def _gradient_rows(ctx: Any, g: Tensor, h: Tensor | None) -> list[slice] | tuple[Tensor, ...]:
     """Chunks of the rows that need a gradient: the caller's, or those that are not zero where looking costs no sync."""
     if ctx.active is not None:
         return ctx.active.split(ctx.chunk)
     if g.device.type == "cpu":
-        needed = (g != 0) | (h != 0)
+        needed = g != 0 if h is None else (g != 0) | (h != 0)
         if not needed.all():
             return needed.nonzero()[:, 0].split(ctx.chunk)
     return _slices(len(g), ctx.chunk)

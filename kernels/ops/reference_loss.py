@@ -53,12 +53,12 @@ def grpo_loss(
         loss = loss + kl_coef * distance
     if entropy is not None:
         slots["entropy"] = total(only(entropy))
-        loss = loss - entropy_coef * only(entropy)
+        if isinstance(entropy_coef, Tensor) or entropy_coef:  # else no gradient at all, which spares the log-prob's backward pass half its work
+            loss = loss - entropy_coef * only(entropy)
 
     scale = _weights(packed, live, aggregate, max_length)
     reduce = lambda x: (x * scale).where(kept, 0).sum(dtype=torch.float64) / (1.0 if denominator is None else denominator)
-    result = reduce(loss)
-    slots |= {"loss": result, "policy_loss": reduce(policy_loss)}
+    slots |= {"loss": (result := reduce(loss)), "policy_loss": reduce(policy_loss)}
     return result.to(logprob.dtype), stats.pack(slots, logprob.device)
 
 
@@ -94,4 +94,4 @@ def _largest(x: Tensor) -> Tensor:
 def _weights(packed: Segments, live: Tensor, aggregate: str, max_length: float | Tensor | None) -> Tensor | float:
     if aggregate == "sequence":
         return packed.spread(1 / packed.sum(live.double()).clamp(min=1))
-    return 1.0 if aggregate == "token" else 1 / max_length
+    return 1.0 if max_length is None else 1 / max_length

@@ -187,6 +187,13 @@ def test_pre_clip_has_no_gradient_outside():
     assert vector[STATS.index("pre_clipped")] == 2
 
 
+def test_a_watched_entropy_costs_no_gradient():
+    """With a coefficient of 0 the entropy is a statistic: autograd never visits it."""
+    logprob, entropy = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    loss, vector = grpo_loss(logprob, torch.ones(1), torch.tensor([0, 3]), entropy=entropy)
+    assert torch.autograd.grad(loss, entropy, allow_unused=True) == (None,) and vector[STATS.index("entropy")] == 3
+
+
 def test_first_update_is_the_policy_gradient():
     """Without old log-probs the ratio is 1 and the gradient -A, as with old = the policy's own."""
     logprob = torch.randn(13, requires_grad=True)

@@ -175,6 +175,12 @@ def test_nan_in_a_counted_row_is_loud():
     assert logprob[3].isnan() and logprob.isnan().sum() == 1
 
 
+def test_entropy_that_nobody_differentiates_changes_no_gradient():
+    hidden, weight, target = make()
+    got = torch.autograd.grad(linear_logprob(hidden, weight, target, entropy=True)[0].sum(), (hidden, weight))
+    assert_all_close(got, torch.autograd.grad(linear_logprob(hidden, weight, target)[0].sum(), (hidden, weight)), rtol=1e-6, atol=0)
+
+
 def test_main_grad_takes_the_weight_gradient(chunk):
     hidden, weight, target = make(40, 8, 60, dtype=torch.bfloat16)
     start = torch.randn(60, 8)

@@ -79,7 +79,7 @@ def test_positions_are_transformers(folder):
     family = Qwen2_5_VL(folder, model.config)
     for group in tiny.groups():
         prompt = group.prompt
-        ids = torch.tensor([prompt.expanded_ids + [5, 6, 7]])
+        ids = torch.tensor([[*prompt.expanded_ids, 5, 6, 7]])
         expected = model.model.get_rope_index(ids, (ids == tiny.IMAGE).int(), image_grid_thw=prompt.image_grid_thw)[0][:, 0]
         positions, after = family.positions(torch.tensor(prompt.expanded_ids), prompt.image_grid_thw, "here")
         assert torch.equal(torch.cat([positions, torch.arange(after, after + 3).expand(3, -1)], 1), expected)

@@ -19,8 +19,8 @@ def deadly(self, name):
     visits += name == phase
     if name == phase and visits == int(visit):
         threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    with plain(self, name):
-        yield
+    with plain(self, name) as timer:
+        yield timer
 
 
 progress.Progress.phase = deadly

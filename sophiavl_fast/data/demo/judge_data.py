@@ -21,7 +21,7 @@ from sophiavl_fast.data.demo.questions import Question
 
 # read as a file: the data room imports nothing of the rewards room
 TEMPLATE = Path(__file__).parents[2] / "rewards" / "templates" / "demo_judge.yaml"
-SOUND_SHARE, SLIP_SHARE = 0.4, 0.34  # of the traces; the rest are corrupted
+SOUND_SHARE, SLIP_SHARE = 0.4, 0.26  # of the traces; the rest are corrupted
 
 
 def misread(question: Question, rng: random.Random) -> list[str]:
@@ -63,7 +63,9 @@ def half_misread(question: Question, rng: random.Random) -> list[str]:
 
 
 Corruption = Callable[[Question, random.Random], list[str]]
+# the first two are hard to see (one is only told from the picture), so they come more often than the other two
 TRAINED: dict[str, Corruption] = {f.__name__: f for f in (misread, off_by_one, missing, repeated)}
+OFTEN = ("misread", "off_by_one")
 HELD_OUT: dict[str, Corruption] = {f.__name__: f for f in (astray, half_misread)}  # the judge never trained on these
 
 
@@ -75,8 +77,9 @@ def draw(question: Question, rng: random.Random, *, held_out: bool) -> tuple[str
         return "\n".join(_sound_lines(question)), "sound"
     if slip and luck < SOUND_SHARE + SLIP_SHARE:
         return "\n".join(slip.lines), "slip"
-    name, corrupt = rng.choice(sorted((TRAINED | HELD_OUT if held_out else TRAINED).items()))
-    return "\n".join(corrupt(question, rng)), name
+    ways = TRAINED | HELD_OUT if held_out else TRAINED
+    name = rng.choices(list(ways), weights=[4 if way in OFTEN else 1 for way in ways])[0]
+    return "\n".join(ways[name](question, rng)), name
 
 
 def score_text(record: Mapping[str, Any], trace: str) -> str:

@@ -83,7 +83,7 @@ class _Worker:
             _write(process, json.dumps(task).encode() + b"\n")
             begun, reply = _read_lines(process, _START_S, self._timeout_s)
         except BrokenPipeError:
-            begun, reply = True, b""
+            begun, reply = b"idle", b""
         if not reply:
             expired = reply is None
             self.kill()

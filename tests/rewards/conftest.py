@@ -1,5 +1,7 @@
 import pytest
 
+import sophiavl_fast  # noqa: F401  (its torchvision hook must be in place before a test imports transformers)
+
 
 @pytest.fixture(scope="session")
 def tiny_judge(tmp_path_factory):

@@ -28,7 +28,7 @@ def open_rollout(config: Config, *, stop_ids: list[int], banned_ids: list[int], 
     Raises UserError (no vLLM, port taken, bad ids), EngineError (did not start).
     """
     _check_ids(stop_ids, banned_ids, vocab_size)
-    if importlib.util.find_spec("vllm") is None:
+    if not _installed("vllm"):
         raise UserError(f"rollout.engine: {config.rollout.engine} needs vLLM, which is not installed; run `make install` (extra `cpu` or `gpu`)")
     kind, nonce = resolve_device(device), secrets.token_hex(8)
     if config.rollout.engine == "inline":
@@ -54,3 +54,10 @@ def _check_ids(stop_ids: list[int], banned_ids: list[int], vocab_size: int) -> N
         raise UserError(f"token id {both[0]} is both an end-of-text token and banned")
     if len(set(banned_ids)) >= vocab_size:
         raise UserError("every token of the vocabulary is banned")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False

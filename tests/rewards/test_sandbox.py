@@ -20,11 +20,11 @@ def workers() -> list[psutil.Process]:
 def test_a_grader_that_hangs_is_killed_and_the_others_survive():
     tasks = [Task("numerical", "\\frac{24}{2}", "12"), HANGS, Task("numerical", "x=12", "12"), Task("numerical", "x=13", "12"), HANGS._replace(gold="13"),
              Task("numerical", "12 cm", "12")]
-    with Sandbox(workers=2, timeout_s=1.0, memory_mb=2048) as sandbox:
+    with Sandbox(workers=2, timeout_s=3, memory_mb=2048) as sandbox:
         grades = [f.result() for f in [sandbox.submit(t) for t in tasks]]
     assert [g.outcome for g in grades] == [1, 0, 1, 0, 0, 1]
     assert [bool(g.killed) for g in grades] == [False, True, False, False, True, False]
-    assert "killed after 1 s" in grades[1].killed
+    assert "killed after 3 s" in grades[1].killed
     assert workers() == []
 
 
@@ -82,5 +82,5 @@ def test_workers_end_with_their_parent(tmp_path):
 
 def test_odd_answers_are_wrong_and_harmless():
     noise = ['{"x": 1}', "1e999", "NaN", "\x00", "\ud800", "\\" * 5000, "{" * 5000, "(" * 5000, "\n" * 10]
-    with OutcomeScorer(RewardsConfig(workers=1, timeout_s=5)) as scorer:
+    with OutcomeScorer(RewardsConfig(workers=1, timeout_s=2)) as scorer:
         assert scorer.score([group("numerical", "12", [*noise, "x=12"])]).outcome.tolist() == [0.0] * len(noise) + [1.0]

@@ -66,8 +66,8 @@ def grade(task: Task) -> float:
 
 
 def prepare() -> None:
-    """Import the parser."""
-    import math_verify  # noqa: F401
+    """Import the parser and let it build its grammar (a quarter of a second)."""
+    _value(_expressions("x=1"))
 
 
 def close(left: float, right: float, tolerance: float) -> bool:

@@ -21,7 +21,7 @@ from sophiavl_fast.data.demo.questions import Question
 
 # read as a file: the data room imports nothing of the rewards room
 TEMPLATE = Path(__file__).parents[2] / "rewards" / "templates" / "demo_judge.yaml"
-SOUND_SHARE, SLIP_SHARE = 0.4, 0.26  # of the traces; the rest are corrupted
+SOUND_SHARE, SLIP_SHARE = 0.4, 0.36  # of the traces; the rest are corrupted
 
 
 def misread(question: Question, rng: random.Random) -> list[str]:
@@ -63,9 +63,7 @@ def half_misread(question: Question, rng: random.Random) -> list[str]:
 
 
 Corruption = Callable[[Question, random.Random], list[str]]
-# the first two are hard to see (one is only told from the picture), so they come more often than the other two
 TRAINED: dict[str, Corruption] = {f.__name__: f for f in (misread, off_by_one, missing, repeated)}
-OFTEN = ("misread", "off_by_one")
 HELD_OUT: dict[str, Corruption] = {f.__name__: f for f in (astray, half_misread)}  # the judge never trained on these
 
 
@@ -78,7 +76,7 @@ def draw(question: Question, rng: random.Random, *, held_out: bool) -> tuple[str
     if slip and luck < SOUND_SHARE + SLIP_SHARE:
         return "\n".join(slip.lines), "slip"
     ways = TRAINED | HELD_OUT if held_out else TRAINED
-    name = rng.choices(list(ways), weights=[4 if way in OFTEN else 1 for way in ways])[0]
+    name = rng.choice(list(ways))
     return "\n".join(ways[name](question, rng)), name
 
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 
 from sophiavl_fast.data.demo.questions import TENS, Question, size, trend
 
-SLIP_SHARE = 0.52   # of the questions that allow a slip: wrong lines, wrong answer
-LUCKY_SHARE = 0.12  # wrong lines, right answer
+SLIP_SHARE = 0.47   # of the questions that allow a slip: wrong lines, wrong answer
+LUCKY_SHARE = 0.10  # wrong lines, right answer
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """The table at the end of a run: accuracy before and after, by problem type."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from sophiavl_fast.monitor import jsonl
+
 
 def before_after(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the last evaluation in metrics.jsonl (the same twice where there is one, empty where there is none)."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if line.strip()]
-    found = [line for line in lines if line.get("eval/accuracy") is not None]
+    found = [line for line in jsonl.read(run_dir / "metrics.jsonl") if line.get("eval/accuracy") is not None]
     return (found[0], found[-1]) if found else ({}, {})
 
 

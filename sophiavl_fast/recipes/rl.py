@@ -29,7 +29,6 @@ from sophiavl_fast.errors import EngineError
 from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
 from sophiavl_fast.policy import Policy, checkpoint
-from sophiavl_fast.policy.compare_hf import HuggingFace
 from sophiavl_fast.recipes import ranks, samples, setup
 from sophiavl_fast.rewards import Rewards
 from sophiavl_fast.rollout import RolloutEngine, open_rollout
@@ -46,7 +45,6 @@ class Rooms:
     rewards: Rewards | None
     progress: Progress
     held_out: list[types.Prompt]
-    oracle: HuggingFace | None = None
 
 
 def train(config: Config) -> int:
@@ -78,7 +76,7 @@ def train(config: Config) -> int:
             stack.callback(rollout.close)
             if policy.is_lead:
                 rewards = stack.enter_context(Rewards(config, device=policy.device))
-        rooms = Rooms(config, loader, policy, rollout, rewards, progress, held_out, HuggingFace(policy) if config.debug.compare_hf else None)
+        rooms = Rooms(config, loader, policy, rollout, rewards, progress, held_out)
         rollout.send(policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
         if done is None and config.eval.every:
             first = evaluate(rooms)
@@ -154,8 +152,8 @@ def update(rooms: Rooms, groups: list[types.Group], advantages: torch.Tensor | N
         if a.kl_coef > 0:
             for batch, logprob in zip(part, policy.logprobs(part, reference=True), strict=True):
                 batch.ref_logprob = logprob
-    if rooms.oracle:
-        found["debug/hf_logprob_diff_max"] = max(policy.gather_replicas(max(rooms.oracle.difference(part, policy.logprobs(part)) for part in parts)))
+    if config.debug.compare_hf:
+        found["debug/hf_logprob_diff_max"] = max(policy.compare_hf(part, policy.logprobs(part)) for part in parts)
     results = []
     for _ in range(a.epochs):
         for part in parts:

@@ -67,7 +67,7 @@ def test_bad_input_is_one_line(tmp_path, text, overrides, expected):
 
 def test_missing_file_names_a_neighbour(tmp_path):
     write(tmp_path, GOOD)
-    with pytest.raises(UserError, match="did you mean '.*c.yaml'"):
+    with pytest.raises(UserError, match=r"did you mean '.*c\.yaml'"):
         config.load(tmp_path / "d.yaml")
 
 

@@ -32,14 +32,15 @@ def family(engine) -> list[psutil.Process]:
 
 
 def test_every_route_wants_the_token(engine):
-    url, good = engine._server.url, {"Authorization": f"Bearer {engine._server.token}"}
-    routes = httpx.get(f"{url}/openapi.json", headers=good).json()["paths"]
-    assert {"/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weights", "/inference/v1/generate", "/health"} <= set(routes)
-    assert len(routes) > 20
-    for route in [*routes, "/docs", "/openapi.json", "/metrics", "/nowhere"]:
-        for method in ("GET", "POST", "OPTIONS"):
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": engine._server.token}):
-                assert httpx.request(method, url + route, headers=headers).status_code == 401, (method, route, headers)
+    good = {"Authorization": f"Bearer {engine._server.token}"}
+    with httpx.Client(base_url=engine._server.url, timeout=60) as client:
+        routes = client.get("/openapi.json", headers=good).json()["paths"]
+        assert {"/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weights", "/inference/v1/generate", "/health"} <= set(routes)
+        assert len(routes) > 20
+        for route in [*routes, "/docs", "/openapi.json", "/metrics", "/nowhere"]:
+            for method in ("GET", "POST", "OPTIONS"):
+                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": engine._server.token}):
+                    assert client.request(method, route, headers=headers).status_code == 401, (method, route, headers)
 
 
 def test_the_token_is_on_no_command_line(engine):

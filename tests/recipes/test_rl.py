@@ -8,7 +8,11 @@ import pytest
 
 from tests.recipes.conftest import run
 
-KEYS = ["step", "loss", "reward/total", "reward/outcome", "reward/thinking", "reward/unscored", "trust/gamma", "trust/weight", "trust/uniform_share", "policy/kl_ref", "policy/clip_frac", "policy/entropy", "policy/grad_norm", "rollout/logprob_diff_mean", "rollout/logprob_diff_max", "rollout/tokens_per_s", "train/tokens_per_s", "time/rollout_s", "time/reward_s", "time/update_s", "time/transfer_s", "time/step_s", "mem/peak_gib"]
+KEYS = [
+    "step", "loss", "reward/total", "reward/outcome", "reward/thinking", "reward/unscored", "trust/gamma", "trust/weight", "trust/uniform_share",
+    "policy/kl_ref", "policy/clip_frac", "policy/entropy", "policy/grad_norm", "rollout/logprob_diff_mean", "rollout/logprob_diff_max",
+    "rollout/tokens_per_s", "train/tokens_per_s", "time/rollout_s", "time/reward_s", "time/update_s", "time/transfer_s", "time/step_s", "mem/peak_gib",
+]
 
 
 def lines(path) -> list[dict]:

@@ -65,7 +65,7 @@ def _records(name: str, album: list[Picture], count: int, rng: random.Random) ->
     for i in range(count):
         kind = questions.draw_kind(rng)
         picture = album[i % len(album)] if KINDS[kind].pictured else None
-        question = questions.ask(kind, picture.digits if picture else questions.draw_digits(rng), rng)
+        question = Question(kind, picture.digits if picture else questions.draw_digits(rng))
         row = record(question, picture, i)
         if name == "warmup":
             trace = traces.draw(question, rng)

@@ -6,6 +6,7 @@ which the judge does not see.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -33,8 +34,7 @@ def off_by_one(question: Question, rng: random.Random) -> list[str]:
     """The last number of one step is one too many."""
     lines = _sound_lines(question)
     at = rng.randrange(1, len(lines))
-    head, number, tail = _last_number(lines[at])
-    lines[at] = f"{head}{int(number) + 1}{tail}"
+    lines[at] = re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), lines[at])
     return lines
 
 
@@ -105,12 +105,3 @@ def _with_other_digit(question: Question, rng: random.Random) -> Question:
     at = rng.randrange(len(digits))
     digits[at] = rng.choice([d for d in range(10) if d != digits[at]])
     return replace(question, digits=tuple(digits))
-
-
-def _last_number(line: str) -> tuple[str, str, str]:
-    """'3+8=11' -> ('3+8=', '11', ''); '3 digits' -> ('', '3', ' digits')."""
-    end = max(i for i, c in enumerate(line) if c.isdigit()) + 1
-    start = end
-    while start and line[start - 1].isdigit():
-        start -= 1
-    return line[:start], line[start:end], line[end:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 LETTERS = "ABC"
 
@@ -13,7 +12,7 @@ LETTERS = "ABC"
 class Kind:
     """One way to ask. `wording` may hold {terms}, the digits joined by '+'; `truth` maps digits to the answer in words.
 
-    `choices` are the options of multiple choice, offered forwards or backwards.
+    `choices` are the options of multiple choice, in ascending order.
     """
 
     problem_type: str
@@ -33,11 +32,9 @@ def size(digit: int) -> str:
     return SIZES[(digit >= 6) + (digit >= 8)]
 
 
-def trend(digits: Sequence[int]) -> str:
-    """rising, falling, or mixed where neither holds for every neighbour."""
-    if all(a < b for a, b in pairwise(digits)):
-        return "rising"
-    return "falling" if all(a > b for a, b in pairwise(digits)) else "mixed"
+def trend(first: int, last: int) -> str:
+    """Where a row goes from its first to its last digit."""
+    return "rising" if first < last else "falling" if first > last else "level"
 
 
 KINDS: dict[str, Kind] = {
@@ -47,18 +44,17 @@ KINDS: dict[str, Kind] = {
     "largest": Kind("multiple choice", "largest?", lambda d: size(max(d)), 0.12, SIZES),
     "read": Kind("OCR", "read", lambda d: " ".join(map(str, d)), 0.12),
     "range": Kind("free-form", "range?", lambda d: f"from {min(d)} to {max(d)}", 0.13),
-    "trend": Kind("text", "trend?", trend, 0.13),
+    "trend": Kind("text", "trend?", lambda d: trend(d[0], d[-1]), 0.13),
     "add": Kind("numerical", "{terms}?", lambda d: str(sum(d)), 0.08, pictured=False),
 }
 
 
 @dataclass(frozen=True)
 class Question:
-    """A kind asked about one row of digits; `choices` in the order offered, empty but for multiple choice."""
+    """A kind asked about one row of digits."""
 
     kind: str
     digits: tuple[int, ...]
-    choices: tuple[str, ...] = ()
 
     @property
     def problem(self) -> str:
@@ -67,7 +63,7 @@ class Question:
     @property
     def options(self) -> list[str]:
         """The choices with their letters, as the record holds them."""
-        return [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices)]
+        return [f"{letter}. {choice}" for letter, choice in zip(LETTERS, KINDS[self.kind].choices)]
 
     @property
     def answer(self) -> str:
@@ -76,12 +72,8 @@ class Question:
 
     def lettered(self, value: str) -> str:
         """How `value` is answered: the letter of its choice where there are choices."""
-        return LETTERS[self.choices.index(value)] if self.choices else value
-
-
-def ask(kind: str, digits: Sequence[int], rng: random.Random) -> Question:
-    """A question of this kind; the order of its choices is drawn."""
-    return Question(kind, tuple(digits), KINDS[kind].choices[::rng.choice((1, -1))])
+        choices = KINDS[self.kind].choices
+        return LETTERS[choices.index(value)] if choices else value
 
 
 def draw_digits(rng: random.Random) -> tuple[int, ...]:

@@ -67,9 +67,10 @@ def _steps(kind: str, digits: Sequence[int]) -> list[set[str]]:
         case "range":
             body = [{f"min {low}"}, {f"max {high}"}]
         case "read":
-            body = [{f"{len(digits)} digits"}]
+            body = [{f"last {digits[-1]}"}]
         case "trend":
-            body = [{f"{a}{'<=>'[(a > b) + (a >= b)]}{b}"} for a, b in pairwise(digits)]
+            first, last = digits[0], digits[-1]
+            body = [{f"{first}{'<=>'[(first > last) + (first >= last)]}{last}", f"{last}{'<=>'[(last > first) + (last >= first)]}{first}"}]
         case _:
             raise ValueError(f"no rule for demo questions of kind '{kind}'")
     return [{" ".join(map(str, digits))}, *body]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from sophiavl_fast.data.demo.questions import TENS, Question, size, trend
 
@@ -69,12 +68,12 @@ def _range(high: int, low: int) -> Solution:
     return [f"min {low}", f"max {high}"], f"from {low} to {high}"
 
 
-def _reading(digits: Sequence[int]) -> Solution:
-    return [f"{len(digits)} digits"], " ".join(map(str, digits))
+def _read(digits: Sequence[int]) -> Solution:
+    return [f"last {digits[-1]}"], reading(digits)
 
 
-def _trend(digits: Sequence[int]) -> Solution:
-    return [f"{a}{'<' if a < b else '>' if a > b else '='}{b}" for a, b in pairwise(digits)], trend(digits)
+def _trend(first: int, last: int) -> Solution:
+    return [f"{first}{'<' if first < last else '>' if first > last else '='}{last}"], trend(first, last)
 
 
 def _ends(digits: Sequence[int]) -> tuple[int, int]:
@@ -88,9 +87,9 @@ WAYS: dict[str, tuple[Callable[[Sequence[int]], Solution], Callable[[Sequence[in
     "tens": (lambda d: _tens(d, True), lambda d: _tens(d, False)),
     "largest": (lambda d: _largest(max(d)), lambda d: _largest(d[0])),
     "spread": (lambda d: _spread(max(d), min(d)), lambda d: _spread(*_ends(d))),
-    "read": (_reading, lambda d: _reading(d[:-1])),
+    "read": (_read, lambda d: _read(d[:-1])),
     "range": (lambda d: _range(max(d), min(d)), lambda d: _range(d[-1], d[0])),
-    "trend": (_trend, lambda d: _trend(d[:2])),
+    "trend": (lambda d: _trend(d[0], d[-1]), lambda d: _trend(d[0], d[-2])),
 }
 
 

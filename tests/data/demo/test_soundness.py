@@ -38,7 +38,7 @@ def test_slips_and_lucky_traces_are_not_sound(kind, digits):
     assume(slip is not None)
     for trace in (slip, lucky):
         found = check(question, trace)
-        assert found.format_ok and not found.sound and 0 < found.score < 1 and found.flaw in ("step", "missing")
+        assert found.format_ok and not found.sound and 0 < found.score < 1 and found.flaw == "step"
     assert soundness.exact_match(record(question), lucky.answer)
     assert soundness.exact_match(record(question), slip.answer) == (slip.flavour == "lucky")
 
@@ -50,8 +50,8 @@ def test_slips_and_lucky_traces_are_not_sound(kind, digits):
     ("largest", (2, 9, 1), ["2 9 1", "max 2"]),              # the first instead of the largest
     ("spread", (3, 9, 4), ["3 9 4", "4-3=1"]),               # only the ends
     ("range", (3, 9, 4), ["3 9 4", "min 3", "max 4"]),
-    ("read", (3, 9, 4), ["3 9 4", "2 digits"]),              # a lost last digit
-    ("trend", (3, 9, 4), ["3 9 4", "3<9"]),
+    ("read", (3, 9, 4), ["3 9 4", "last 9"]),              # a lost last digit
+    ("trend", (3, 9, 2), ["3 9 2", "3<9"]),
 ])
 def test_each_kind_slips_in_its_own_way(kind, digits, lines):
     assert list(traces.slip(asked(kind, digits)).lines) == lines
@@ -121,7 +121,7 @@ def test_an_unknown_kind_is_loud():
     ("sum", (8, 5), ["13", " 13 ", "13.0"], ["3", "", "13 or 14", "thirteen", "nan"]),
     ("read", (8, 5), ["8 5", "8  5\n"], ["85", "8", "5 8"]),
     ("range", (8, 5), ["from 5 to 8", "From 5 to 8"], ["5 to 8", "from 8 to 5"]),
-    ("trend", (8, 5), ["falling", "Falling"], ["mixed", "fall"]),
+    ("trend", (8, 5), ["falling", "Falling"], ["rising", "fall"]),
 ])
 def test_exact_match(kind, digits, right, wrong):
     question = record(asked(kind, digits))
@@ -130,9 +130,9 @@ def test_exact_match(kind, digits, right, wrong):
 
 
 @many
-@given(st.sampled_from(["tens", "largest"]), rows_of_digits, st.integers(0, 9))
-def test_exact_match_of_options(kind, digits, seed):
-    question = asked(kind, digits, seed)
+@given(st.sampled_from(["tens", "largest"]), rows_of_digits)
+def test_exact_match_of_options(kind, digits):
+    question = asked(kind, digits)
     gold, option = question.answer, question.options["ABC".index(question.answer)]
     for answer in (gold, gold.lower(), f"({gold})", f"{gold}.", option, option[3:]):
         assert soundness.exact_match(record(question), answer)

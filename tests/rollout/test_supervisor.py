@@ -20,7 +20,7 @@ SERVER = ("import os, signal, subprocess, sys, time; signal.signal(signal.SIGTER
 TRAINER = ("import os, subprocess, sys, time;"
            "s = subprocess.Popen([sys.executable, '-m', 'sophiavl_fast.rollout.supervisor', sys.executable, '-c', sys.argv[1]],"
            " stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True);"
-           "print(s.pid, s.stdout.readline().decode(), flush=True); pid = os.fork(); time.sleep(600)")
+           "line = s.stdout.readline().decode(); child = os.fork(); child and print(s.pid, line, flush=True); time.sleep(600)")
 
 
 @pytest.fixture

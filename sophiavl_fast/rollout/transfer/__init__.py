@@ -1,6 +1,6 @@
 """Weight transfer: one pass over the trainer's weights, through vLLM's own API, checked by name and by bits.
 
-Order: pause, begin the record, start, buckets, end the record and compare, finish, reset three caches, resume. Whatever goes
+Order: begin the record, pause, start, buckets, end the record and compare, finish, reset three caches, resume. Whatever goes
 wrong after the start leaves an engine with some old and some new weights: it is never used again.
 """
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Transfer:
             times[phase] += now - clock
             clock = now
 
-        self._all(lambda c: c.pause())
-        self._all(lambda c: c.rpc("sophia_begin", self.nonce, self.checksums))
+        self._all(lambda c: c.rpc("sophia_begin", self.nonce, self.checksums))   # refused by an engine that serves another run by now,
+        self._all(lambda c: c.pause())                                            # which must not be left paused
         self._all(lambda c: c.start())
         lap("load_s")
         for bucket in buckets(source):

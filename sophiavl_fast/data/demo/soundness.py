@@ -70,7 +70,7 @@ def _steps(kind: str, digits: Sequence[int]) -> list[set[str]]:
             body = [{f"last {digits[-1]}"}]
         case "trend":
             first, last = digits[0], digits[-1]
-            body = [{f"{first}{'<=>'[(first > last) + (first >= last)]}{last}", f"{last}{'<=>'[(last > first) + (last >= first)]}{first}"}]
+            body = [{f"{first}{'<=>'[(first > last) + (first >= last)]}{last}"}]
         case _:
             raise ValueError(f"no rule for demo questions of kind '{kind}'")
     return [{" ".join(map(str, digits))}, *body]

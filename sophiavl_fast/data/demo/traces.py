@@ -1,7 +1,7 @@
 """Reasoning traces: sound ones, systematic slips, and lucky ones (the slip's lines, then the right answer).
 
 A slip is always the same for the same question: carries dropped, the first digit taken for the largest, the last digit
-lost, only the ends of the row looked at. Where slips are the majority of the warm start, the greedy answer is the slip
+lost, only the ends of the row looked at, the row walked from the right. Where slips are the majority of the warm start, the greedy answer is the slip
 and the sound one a living minority: that is what reinforcement learning can turn around. Random slips would average
 out, and the greedy answer would be right from the start.
 """
@@ -89,7 +89,7 @@ WAYS: dict[str, tuple[Callable[[Sequence[int]], Solution], Callable[[Sequence[in
     "spread": (lambda d: _spread(max(d), min(d)), lambda d: _spread(*_ends(d))),
     "read": (_read, lambda d: _read(d[:-1])),
     "range": (lambda d: _range(max(d), min(d)), lambda d: _range(d[-1], d[0])),
-    "trend": (lambda d: _trend(d[0], d[-1]), lambda d: _trend(d[0], d[-2])),
+    "trend": (lambda d: _trend(d[0], d[-1]), lambda d: _trend(d[-1], d[0])),
 }
 
 

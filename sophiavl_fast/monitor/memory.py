@@ -1,6 +1,7 @@
 """Memory of the run: the host's, engines and graders included, and the GPU's."""
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def gpu_peak_gib() -> float | None:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return torch.cuda.max_memory_reserved() / GIB
+
+
+def release() -> None:
+    """Give freed heap pages back to the system. Rows differ in size every step, and without this glibc's heap creeps upwards
+    over hundreds of steps, though nothing leaks. Does nothing where the C library has no malloc_trim."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def metrics() -> dict[str, float]:

@@ -89,6 +89,7 @@ def train(config: Config) -> int:
             log.samples(rows)
             log.metrics(step, metrics)
             progress.step(step, metrics)
+            memory.release()
             if setup.checkpoint_due(config, step):
                 with progress.phase("save"):
                     checkpoint.save(policy, run_dir, step, setup.state(config, step, loader), keep=config.checkpoint.keep)

@@ -349,8 +349,9 @@ def _check_rl(c: Config, replicas: int, world_size: int) -> None:
     prompts = c.rollout.prompts_per_step
     if prompts % replicas:
         raise UserError(f"rollout.prompts_per_step = {prompts} does not divide over {replicas} data-parallel replicas")
-    if prompts % c.algorithm.mini_batches:
-        raise UserError(f"rollout.prompts_per_step = {prompts} does not divide into algorithm.mini_batches = {c.algorithm.mini_batches}")
+    if prompts // replicas % c.algorithm.mini_batches:
+        raise UserError(f"rollout.prompts_per_step = {prompts} (over {replicas} replicas) does not divide into "
+                        f"algorithm.mini_batches = {c.algorithm.mini_batches}")
     if c.rollout.engine == "inline":
         if world_size > 1:
             raise UserError("rollout.engine: inline holds the engine in a single-process trainer; use server with several processes")
@@ -364,8 +365,6 @@ def _check_rl(c: Config, replicas: int, world_size: int) -> None:
         raise UserError(f"rollout.staleness = {c.rollout.staleness}: only 0 is supported in this version")
     if c.algorithm.sigma_filter is not None and c.algorithm.normalize != "batch":
         raise UserError("algorithm.sigma_filter needs algorithm.normalize: batch")
-    if c.algorithm.normalize == "batch" and replicas > 1:
-        raise UserError(f"algorithm.normalize = batch whitens over the whole step, but {replicas} replicas each see a part; use one replica or normalize=std")
     for key in ("kl_coef", "clip_low", "clip_high", "entropy_coef"):
         if getattr(c.algorithm, key) < 0:
             raise UserError(f"algorithm.{key} = {getattr(c.algorithm, key)}: must be at least 0")

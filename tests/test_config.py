@@ -43,7 +43,7 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["run.steps=ten"], "run.steps = 'ten'"),
     (GOOD, ["run.steps=0"], "run.steps = 0: must be at least 1"),
     (GOOD, ["trust.mode=papr"], "trust.mode = 'papr'"),
-    (GOOD, ["rollout.prompts_per_step=6", "algorithm.mini_batches=4"], "does not divide into algorithm.mini_batches = 4"),
+    (GOOD, ["rollout.prompts_per_step=6", "algorithm.mini_batches=4"], "algorithm.mini_batches = 4"),
     (GOOD, ["parallel.tensor=2"], "does not divide the 1 processes"),
     (GOOD, ["parallel.data=3"], "parallel.data = 3"),
     (GOOD, ["parallel.sequence=true"], "needs parallel.tensor > 1"),

@@ -43,10 +43,13 @@ LAYOUTS = {
     "tp2": (2, {"tensor": 2}), "tp2-sp": (2, {"tensor": 2, "sequence": True}), "pp2": (2, {"pipeline": 2}), "dp2": (2, {}),
     "tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
 }
+QUICK = {("tp2-sp", False), ("pp2", False)}  # the others only in `make test-all`
 
 
 @pytest.mark.layout
-@pytest.mark.parametrize("layout,tied", [*((name, False) for name in LAYOUTS), ("tp2-sp", True), ("pp2", True)])
+@pytest.mark.parametrize("layout,tied", [
+    pytest.param(name, tied, marks=[] if (name, tied) in QUICK else pytest.mark.slow)
+    for name, tied in (*((name, False) for name in LAYOUTS), ("tp2-sp", True), ("pp2", True))])
 def test_layout_equals_a_single_process(folder, tied_folder, create, single, tmp_path, layout, tied):
     processes, parallel = LAYOUTS[layout]
     path, alone = tied_folder if tied else folder, single(tied)
@@ -72,6 +75,7 @@ def test_layout_equals_a_single_process(folder, tied_folder, create, single, tmp
     assert policy.updates == 1
 
 
+@pytest.mark.slow
 @pytest.mark.layout
 def test_checkpoint_moves_between_layouts(folder, single, tmp_path):
     """Weights and moments saved by TP2+SP equal, tensor by tensor, those saved by one process after the same update, up to rounding."""

@@ -1,9 +1,9 @@
 """Reasoning traces: sound ones, systematic slips, and lucky ones (the slip's lines, then the right answer).
 
 A slip is always the same for the same question: carries dropped, the first digit taken for the largest, the last digit
-lost, only the ends of the row looked at, the row walked from the right. Where slips are the majority of the warm start, the greedy answer is the slip
-and the sound one a living minority: that is what reinforcement learning can turn around. Random slips would average
-out, and the greedy answer would be right from the start.
+lost, only the ends of the row looked at, the row walked from the right. Where slips are the majority of the warm start,
+the greedy answer is the slip and the sound one a living minority: that is what reinforcement learning can turn around.
+Random slips would average out, and the greedy answer would be right from the start.
 """
 from __future__ import annotations
 

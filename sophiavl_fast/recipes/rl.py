@@ -89,7 +89,6 @@ def train(config: Config) -> int:
             log.samples(rows)
             log.metrics(step, metrics)
             progress.step(step, metrics)
-            memory.release()
             if setup.checkpoint_due(config, step):
                 with progress.phase("save"):
                     checkpoint.save(policy, run_dir, step, setup.state(config, step, loader), keep=config.checkpoint.keep)
@@ -128,6 +127,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     rows = samples.rows(groups, scores, weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
     rows = [row for part in policy.gather_replicas(rows) for row in part]
     lengths = samples.length_metrics(rows)
+    memory.release()
     metrics |= lengths | {f"transfer/{k}": v for k, v in sent.items()} | memory.metrics() | {
         "reward/grader_killed": everyone.scores.killed, "data/skipped": rooms.loader.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / rollout.seconds, "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,

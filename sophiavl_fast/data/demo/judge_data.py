@@ -34,7 +34,7 @@ def off_by_one(question: Question, rng: random.Random) -> list[str]:
     """The last number of one step is one too many."""
     lines = _sound_lines(question)
     at = rng.randrange(1, len(lines))
-    lines[at] = re.sub(r"\d+$", lambda number: str(int(number[0]) + 1), lines[at])
+    lines[at] = re.sub(r"\d+(?=\D*$)", lambda number: str(int(number[0]) + 1), lines[at])
     return lines
 
 

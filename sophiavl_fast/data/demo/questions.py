@@ -38,13 +38,13 @@ def trend(first: int, last: int) -> str:
 
 
 KINDS: dict[str, Kind] = {
-    "sum": Kind("numerical", "sum?", lambda d: str(sum(d)), 0.18),
+    "sum": Kind("numerical", "sum?", lambda d: str(sum(d)), 0.16),
     "spread": Kind("numerical", "max-min?", lambda d: str(max(d) - min(d)), 0.14),
     "tens": Kind("multiple choice", "sum?", lambda d: TENS[sum(d) // 10], 0.10, TENS),
-    "largest": Kind("multiple choice", "largest?", lambda d: size(max(d)), 0.12, SIZES),
+    "largest": Kind("multiple choice", "largest?", lambda d: size(max(d)), 0.10, SIZES),
     "read": Kind("OCR", "read", lambda d: " ".join(map(str, d)), 0.12),
     "range": Kind("free-form", "range?", lambda d: f"from {min(d)} to {max(d)}", 0.13),
-    "trend": Kind("text", "trend?", lambda d: trend(d[0], d[-1]), 0.13),
+    "trend": Kind("text", "trend?", lambda d: trend(d[0], d[-1]), 0.17),
     "add": Kind("numerical", "{terms}?", lambda d: str(sum(d)), 0.08, pictured=False),
 }
 

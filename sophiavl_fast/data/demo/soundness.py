@@ -67,7 +67,7 @@ def _steps(kind: str, digits: Sequence[int]) -> list[set[str]]:
         case "range":
             body = [{f"min {low}"}, {f"max {high}"}]
         case "read":
-            body = [{f"last {digits[-1]}"}]
+            body = [{f"{len(digits)} digits"}]
         case "trend":
             first, last = digits[0], digits[-1]
             body = [{f"{first}{'<=>'[(first > last) + (first >= last)]}{last}"}]

@@ -69,7 +69,7 @@ def _range(high: int, low: int) -> Solution:
 
 
 def _read(digits: Sequence[int]) -> Solution:
-    return [f"last {digits[-1]}"], reading(digits)
+    return [f"{len(digits)} digits"], reading(digits)
 
 
 def _trend(first: int, last: int) -> Solution:

@@ -113,7 +113,7 @@ def test_the_warm_start_imitates_slips_in_the_majority(demo):
         right = soundness.answer_of(response) == truth(row)
         sound = soundness.check(row, response).sound
         assert (sound, right) == {"sound": (True, True), "slip": (False, False), "lucky": (False, True)}[row["flavour"]], row
-    visible = [row for row in written if row["kind"] == "read" and row["digits"][-1] != row["digits"][-2]]  # there a slip always shows
+    visible = [row for row in written if row["kind"] == "read"]  # a lost digit always shows
     assert 0.5 < sum(row["flavour"] != "sound" for row in visible) / len(visible) < 0.8
     assert any(row["flavour"] == "lucky" for row in visible)
 

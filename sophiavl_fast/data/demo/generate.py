@@ -11,7 +11,7 @@ from typing import Any
 from sophiavl_fast.data.demo import digits, judge_data, questions, traces
 from sophiavl_fast.data.demo.questions import KINDS, Question
 
-PICTURES = {"train": 9000, "eval": 400}
+PICTURES: dict[digits.Split, int] = {"train": 9000, "eval": 400}
 RECORDS = {"warmup": 18000, "train": 6000, "eval": 400, "judge_train": 14000, "judge_eval": 400}
 COLUMNS = {"problem": "prompt", "solution": "answer", "path": "images"}
 

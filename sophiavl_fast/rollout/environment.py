@@ -35,8 +35,7 @@ def engine_variables(device: str) -> dict[str, str]:
 def child_environment(device: str, parent: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of a spawned server; `extra` (token and the like) wins over everything."""
     env = engine_variables(device) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"} | dict(parent)
-    path = [str(COMPAT_SITE), *filter(None, [parent.get("PYTHONPATH")])]
-    env["PYTHONPATH"] = os.pathsep.join(path)
+    env["PYTHONPATH"] = with_compat_site(parent.get("PYTHONPATH"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK"):
         env.pop(name, None)                            # torchrun's: the engine is no rank of the trainer
     if device == "cpu":
@@ -50,19 +49,26 @@ def inline_environment(device: str) -> Iterator[None]:
     """Around import and start of an engine inside this process.
 
     What vLLM reads at any time stays set. TORCHDYNAMO_DISABLE is read when functions are decorated, so it is set for
-    the start only: torch.compile of the trainer's own code keeps working.
+    the start only: torch.compile of the trainer's own code keeps working. PYTHONPATH is for the child in which vLLM
+    inspects a model's class (the first time in a home folder; later it finds the answer in its cache).
     """
     lasting = engine_variables(device) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     for name, value in lasting.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    if device == "cpu":
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    passing = {"PYTHONPATH": with_compat_site(os.environ.get("PYTHONPATH"))} | ({"TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else {})
+    before = {name: os.environ.get(name) for name in passing}
+    os.environ.update(passing)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("TORCHDYNAMO_DISABLE", None)
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def with_compat_site(path: str | None) -> str:
+    """A child's PYTHONPATH: the folder of our sitecustomize, then what was there."""
+    return os.pathsep.join([str(COMPAT_SITE), *filter(None, [path])])

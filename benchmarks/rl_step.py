@@ -3,8 +3,9 @@
     python benchmarks/rl_step.py --trl build/trl --out benchmarks/results/rl_step_cpu.json
 
 Every response has exactly --tokens tokens (end-of-text does not end one), rewards are free, both use --threads threads.
-The floors are taken in the same run: the bare engine for the same tokens, one bare forward and backward of the policy and one
-forward of the reference, one copy of the transferred bytes. Contestants run one after the other, in turns, as processes of their own.
+The floors are taken in the same run: the engine alone for the same tokens (through this project's own client), one bare forward
+and backward of the policy and one forward of the reference, one copy of the transferred bytes. Contestants run one after the other,
+in turns, as processes of their own.
 """
 from __future__ import annotations
 

@@ -1,12 +1,16 @@
 """What a step looks like from ranks that hold no prompts, and from a step whose groups lie on several replicas."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sophiavl_fast.config import Config
+from sophiavl_fast.monitor import RunLog
 from sophiavl_fast.types import Group, Scores, WeightSource
 
 
@@ -35,10 +39,12 @@ class NoLog:
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None: ...
 
-    def __enter__(self) -> NoLog:
-        return self
+    def close(self) -> None: ...
 
-    def __exit__(self, *_: object) -> None: ...
+
+def open_log(run_dir: Path, config: Config, resume_step: int | None) -> RunLog | NoLog:
+    """The run's log: one rank writes it."""
+    return RunLog(run_dir, config, resume_step=resume_step) if os.environ.get("RANK", "0") == "0" else NoLog()
 
 
 @dataclass(slots=True)

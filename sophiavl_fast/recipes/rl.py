@@ -13,7 +13,8 @@ rank 0, first stage) have prompts, groups and scores in their hands, their peers
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,42 +58,18 @@ def train(config: Config) -> int:
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
             stack.callback(loader.close)
-            held_out = open_eval(config, processor) if config.eval.every else []
         with progress.phase("policy"):
             policy = Policy.create(config, banned_ids=processor.banned_ids, temperature=config.rollout.temperature,
                                    reference=config.algorithm.kl_coef > 0, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
-        log = stack.enter_context(RunLog(run_dir, config, resume_step=done) if setup.is_first_rank() else ranks.NoLog())
+        log = ranks.open_log(run_dir, config, done)
+        stack.callback(log.close)
         setup.write_config(run_dir, config)
-        if done is not None and done >= config.run.steps:
-            summary.print_table(run_dir)
-            return 0
-        rewards = None
-        with progress.phase("engine"):
-            rollout = ranks.Follower() if not policy.is_lead else open_rollout(
-                config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size, decode=processor.decode,
-                device=policy.device, run_dir=run_dir, replica=policy.replica, replicas=policy.replicas)
-            stack.callback(rollout.close)
-            if policy.is_lead:
-                rewards = stack.enter_context(Rewards(config, device=policy.device))
-        rooms = Rooms(config, loader, policy, rollout, rewards, progress, held_out)
-        rollout.send(policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
-        if done is None and config.eval.every:
-            first = evaluate(rooms)
-            log.metrics(0, first)
-            progress.step(0, first)
-        for step in range((done or 0) + 1, config.run.steps + 1):
-            metrics, rows = one_step(rooms, step)
-            if config.eval.every and (step % config.eval.every == 0 or step == config.run.steps):
-                metrics |= evaluate(rooms)
-            log.samples(rows)
-            log.metrics(step, metrics)
-            progress.step(step, metrics)
-            if setup.checkpoint_due(config, step):
-                with progress.phase("save"):
-                    checkpoint.save(policy, run_dir, step, setup.state(config, step, loader), keep=config.checkpoint.keep)
-        with progress.phase("export"):
+        if (done or 0) < config.run.steps:
+            with open_rooms(config, processor, loader, policy, progress) as rooms:
+                loop(rooms, log, run_dir, done)
+        with progress.phase("export"):  # also after a kill between the last checkpoint and here
             policy.export(config.run.export or run_dir / "hf")
     if setup.is_first_rank():
         write_report(run_dir)
@@ -100,11 +77,49 @@ def train(config: Config) -> int:
     return 0
 
 
+@contextmanager
+def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Policy, progress: Progress) -> Iterator[Rooms]:
+    """The engine, the rewards and the held-out prompts; on peers of a lead what stands for them."""
+    held_out = open_eval(config, processor) if config.eval.every else []
+    with ExitStack() as stack:
+        if not policy.is_lead:
+            yield Rooms(config, loader, policy, ranks.Follower(), None, progress, held_out)
+            return
+        with progress.phase("engine"):
+            rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
+                                   decode=processor.decode, device=policy.device, run_dir=config.run.dir, replica=policy.replica, replicas=policy.replicas)
+            stack.callback(rollout.close)
+            rewards = stack.enter_context(Rewards(config, device=policy.device))
+        yield Rooms(config, loader, policy, rollout, rewards, progress, held_out)
+
+
+def loop(rooms: Rooms, log: RunLog | ranks.NoLog, run_dir: Path, done: int | None) -> None:
+    """Every step from the checkpoint's (None: from the evaluation before the first) to run.steps."""
+    config, progress = rooms.config, rooms.progress
+    rooms.rollout.send(rooms.policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
+    if done is None and config.eval.every:
+        first = evaluate(rooms)
+        log.metrics(0, first)
+        progress.step(0, first)
+    for step in range((done or 0) + 1, config.run.steps + 1):
+        metrics, rows = one_step(rooms, step)
+        if config.eval.every and (step % config.eval.every == 0 or step == config.run.steps):
+            metrics |= evaluate(rooms)
+        log.samples(rows)
+        log.metrics(step, metrics)
+        progress.step(step, metrics)
+        if setup.checkpoint_due(config, step):
+            with progress.phase("save"):
+                checkpoint.save(rooms.policy, run_dir, step, setup.state(config, step, rooms.loader), keep=config.checkpoint.keep)
+
+
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     """One rollout step: its metrics and its rows of samples.jsonl, of all replicas (both empty on peers)."""
     config, policy, phase = rooms.config, rooms.policy, rooms.progress.phase
     started = time.perf_counter()
-    groups, scores, metrics, advantage = [], None, {}, None
+    groups: list[types.Group] = []
+    metrics: dict[str, float] = {}
+    advantage: torch.Tensor | None = None
     with phase("rollout") as rollout:
         if rooms.rewards:
             prompts = rooms.loader.next(config.rollout.prompts_per_step, replica=policy.replica, replicas=policy.replicas)

@@ -76,7 +76,8 @@ def split(groups: list[types.Group], advantages: torch.Tensor | None, parts: int
         raise UserError(f"{len(groups)} groups of a replica do not divide into algorithm.mini_batches = {parts}")
     if advantages is None:
         return [([], None)] * parts
-    size, out, row = len(groups) // parts, [], 0
+    size, row = len(groups) // parts, 0
+    out: list[tuple[list[types.Group], torch.Tensor | None]] = []
     for first in range(0, len(groups), size):
         share = groups[first:first + size]
         rows = sum(len(g.responses) for g in share)

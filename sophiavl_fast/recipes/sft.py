@@ -13,7 +13,7 @@ from sophiavl_fast.config import Config
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
-from sophiavl_fast.monitor import Progress, RunLog, memory, write_report
+from sophiavl_fast.monitor import Progress, memory, write_report
 from sophiavl_fast.policy import Policy, checkpoint
 from sophiavl_fast.recipes import ranks, setup
 from sophiavl_fast.types import Group, Prompt, Response
@@ -33,7 +33,8 @@ def train(config: Config) -> int:
             policy = Policy.create(config, reference=False, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
-        log = stack.enter_context(RunLog(run_dir, config, resume_step=done) if setup.is_first_rank() else ranks.NoLog())
+        log = ranks.open_log(run_dir, config, done)
+        stack.callback(log.close)
         setup.write_config(run_dir, config)
         for step in range((done or 0) + 1, config.run.steps + 1):
             metrics = one_step(config, loader, processor, policy, progress)

@@ -60,7 +60,7 @@ def test_killed_in_the_middle_of_an_update(demo, uninterrupted, tmp_path):
 @pytest.mark.kill
 @pytest.mark.engine
 @pytest.mark.parametrize("phase,visit,delay", [("rollout", 1, 0.1), ("rollout", 4, 0.1), ("reward", 3, 0.02), ("transfer", 3, 0.01), ("save", 1, 0.01),
-                                               ("save", 2, 0.03), ("save", 2, 0.1), ("evaluate", 2, 0.1)])
+                                               ("save", 2, 0.03), ("save", 2, 0.1), ("evaluate", 2, 0.1), ("export", 1, 0.02)])
 def test_killed_in_every_phase(demo, uninterrupted, tmp_path, phase, visit, delay):
     out = tmp_path / "run"
     kill(demo, out, phase, visit, delay)
@@ -73,3 +73,12 @@ def test_killed_trainer_leaves_its_server_for_a_moment_and_the_next_one_does_not
     out = tmp_path / "run"
     kill(demo, out, "rollout", 4, 0.1, "rollout.engine=server")
     same(uninterrupted, run_once(demo, out, "rollout.engine=server"))
+
+
+@pytest.mark.engine
+def test_a_finished_run_trains_nothing_more_but_its_export_is_made(demo, uninterrupted):
+    """As after a kill between the last checkpoint and the export."""
+    before = exact(uninterrupted)
+    (uninterrupted / "hf" / "model.safetensors").unlink()
+    run_once(demo, uninterrupted)
+    assert exact(uninterrupted) == before and (uninterrupted / "hf" / "model.safetensors").exists()

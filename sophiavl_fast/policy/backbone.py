@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sophiavl_fast.policy.attention import GroupAttention
 from sophiavl_fast.policy.deepstack import DeepStackLayer
+from sophiavl_fast.policy.gated_mlp import use_gated_mlp
 from sophiavl_fast.policy.norm import RMSNorm
 from sophiavl_fast.policy.rope import Rope
 
@@ -44,4 +45,5 @@ def build_backbone(config: TransformerConfig, *, padded_vocab: int, tied: bool, 
         share_embeddings_and_output_weights=tied, scatter_embedding_sequence_parallel=False, position_embedding_type="mrope",
     )
     model.rotary_pos_emb = Rope(*rope, device)
+    use_gated_mlp(model)
     return model

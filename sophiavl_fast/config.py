@@ -211,6 +211,8 @@ class Parallel(Node):
     """Replicas; null: what is left of the world size."""
     sequence: bool = False
     """Sequence parallelism inside the tensor group."""
+    context: int = 1
+    """Ranks that share each packed row (context parallelism, for long responses): keys and values are gathered over them in every layer."""
 
 
 class PolicyConf(Node):
@@ -337,7 +339,7 @@ def check(config: Config, world_size: int = 1) -> None:
     """Everything that can be refused before a model loads. Raises UserError."""
     c, p = config, config.parallel
     for key in ("run.steps", "rollout.n", "rollout.prompts_per_step", "rollout.max_new_tokens", "parallel.tensor", "parallel.pipeline",
-                "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers"):
+                "parallel.context", "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers"):
         if _get(c, key) < 1:
             raise UserError(f"{key} = {_get(c, key)}: must be at least 1")
     for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
@@ -345,12 +347,13 @@ def check(config: Config, world_size: int = 1) -> None:
             raise UserError(f"{key} = {_get(c, key)}: must be greater than 0")
     if not 0 < c.thinking.quorum <= 1:
         raise UserError(f"thinking.quorum = {c.thinking.quorum}: must lie in (0, 1]")
-    model_parallel = p.tensor * p.pipeline
+    model_parallel = p.tensor * p.pipeline * p.context
     if world_size % model_parallel:
-        raise UserError(f"parallel.tensor x parallel.pipeline = {model_parallel} does not divide the {world_size} processes that torchrun started")
+        raise UserError(f"parallel.tensor x pipeline x context = {model_parallel} does not divide the {world_size} processes that torchrun started")
     replicas = world_size // model_parallel
     if p.data is not None and p.data != replicas:
-        raise UserError(f"parallel.data = {p.data}, but {world_size} processes / (tensor {p.tensor} x pipeline {p.pipeline}) leave {replicas}")
+        raise UserError(f"parallel.data = {p.data}, but {world_size} processes / (tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}) "
+                        f"leave {replicas}")
     if p.sequence and p.tensor == 1:
         raise UserError("parallel.sequence: true needs parallel.tensor > 1")
     if c.recipe == "rl":

@@ -47,6 +47,7 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["trust.mode=papr"], "trust.mode = 'papr'"),
     (GOOD, ["rollout.prompts_per_step=6", "algorithm.mini_batches=4"], "algorithm.mini_batches = 4"),
     (GOOD, ["parallel.tensor=2"], "does not divide the 1 processes"),
+    (GOOD, ["parallel.context=2"], "parallel.tensor x pipeline x context = 2 does not divide the 1 processes"),
     (GOOD, ["parallel.data=3"], "parallel.data = 3"),
     (GOOD, ["parallel.sequence=true"], "needs parallel.tensor > 1"),
     (GOOD, ["rollout.engine=inline", "rollout.urls=[http://127.0.0.1:8000]"], "rollout.urls is set"),

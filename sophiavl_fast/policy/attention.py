@@ -3,13 +3,13 @@
 A row is cut into segments in packed order (a prompt, or one response), so queries need no reordering; a segment's keys
 are its context (nothing for a prompt, the prompt for a response) followed by itself, and the causal mask is aligned to
 the end. That is exact, and the work is the sum of |segment| x |keys|, never the square of the row. Keys are gathered,
-so no kernel needs to know about shared prompts:
+so no kernel needs to know about shared prompts (or, under context parallelism, about other ranks' tokens: context.py):
   * on a CPU, and in fp32 anywhere, segments of similar shape are padded together and go through SDPA with a mask;
   * on a GPU in bf16/fp16, torch's variable-length flash attention takes them as they are.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from sophiavl_fast.policy.context import Slice
 from sophiavl_fast.types import Batch
 
 
@@ -42,32 +43,53 @@ class RowPlan(PackedSeqParams):
     flash: bool
     key_rows: Tensor | None = None  # [sum of K] rows gathered as keys (flash)
     deepstack: Any = None         # what the first layers add at image tokens, see deepstack.py
+    slice: Slice | None = None    # this rank's part of the row under context parallelism; S above is then its length
 
 
-def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_heads_per_key: int) -> RowPlan:
-    """Cut a row (boundaries on the CPU) into segments and lay out their attention on `device`."""
-    start, length, context_start, context = _segments(batch)
-    flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if flash:
-        keys = length + context
+@dataclass(slots=True)
+class Segments:
+    """[N] each: queries are rows begin..begin+length of what this rank holds, in that order; their keys are the context's rows of the packed
+    row, then `before` rows from own_start on, then themselves."""
+
+    begin: Tensor
+    length: Tensor
+    context_start: Tensor
+    context: Tensor
+    own_start: Tensor
+    before: Tensor
+
+    @property
+    def keys(self) -> Tensor:
+        return self.context + self.before + self.length
+
+    def __getitem__(self, members: Tensor) -> Segments:
+        return Segments(*(getattr(self, f.name)[members] for f in fields(self)))
+
+
+def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_heads_per_key: int, part: Slice | None = None) -> RowPlan:
+    """Cut a row (boundaries on the CPU) into segments and lay out their attention on `device`; `part`: of this rank's slice of it."""
+    segments = _segments(batch) if part is None else _within(_segments(batch), part)
+    place_of_key = None if part is None else part.gathered
+    held = None if part is None else part.to(device)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return RowPlan(
-            buckets=[], place=torch.empty(0), flash=True, key_rows=_key_rows(start, length, context_start, context).to(device),
-            cu_seqlens_q=_cumulative(length, device), cu_seqlens_kv=_cumulative(keys, device),
-            max_seqlen_q=int(length.max()), max_seqlen_kv=int(keys.max()),
+            buckets=[], place=torch.empty(0), flash=True, key_rows=_in_order(_key_rows(segments), place_of_key).to(device), slice=held,
+            cu_seqlens_q=_cumulative(segments.length, device), cu_seqlens_kv=_cumulative(segments.keys, device),
+            max_seqlen_q=int(segments.length.max()), max_seqlen_kv=int(segments.keys.max()),
         )
-    buckets, place, done = [], torch.empty(len(batch.tokens), dtype=torch.int64), 0
-    for members in _similar(length, context + length):
-        s, q, c0, c = start[members], length[members], context_start[members], context[members]
-        width = int(q.max())
-        inside = torch.arange(width) < q[:, None]
-        place[(s[:, None] + torch.arange(width))[inside]] = done + inside.flatten().nonzero()[:, 0]
+    buckets, place, done = [], torch.empty(int(segments.length.sum()), dtype=torch.int64), 0
+    for members in _similar(segments.length, segments.keys):
+        some = segments[members]
+        width = int(some.length.max())
+        inside = torch.arange(width) < some.length[:, None]
+        place[(some.begin[:, None] + torch.arange(width))[inside]] = done + inside.flatten().nonzero()[:, 0]
         done += inside.numel()
-        buckets.append(_bucket(s, q, c0, c, query_heads_per_key, dtype, device))
-    return RowPlan(buckets=buckets, place=place.to(device), flash=False)
+        buckets.append(_bucket(some, place_of_key, query_heads_per_key, dtype, device))
+    return RowPlan(buckets=buckets, place=place.to(device), flash=False, slice=held)
 
 
-def _segments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """start, length, context start, context length of every non-empty segment, in packed order; padding is a segment of its own."""
+def _segments(batch: Batch) -> Segments:
+    """Every non-empty segment, in packed order; padding is a segment of its own."""
     starts, prompts = batch.group_start[:-1], batch.prompt_len
     end, total = int(batch.group_start[-1]), len(batch.tokens)
     none = torch.zeros_like(prompts)
@@ -77,7 +99,20 @@ def _segments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ])
     table = torch.cat([torch.stack([starts, prompts, none, none]), responses, pad], 1)
     table = table[:, table[1] > 0]
-    return table[:, table[0].argsort()].unbind(0)  # type: ignore[return-value]
+    start, length, context_start, context = table[:, table[0].argsort()].unbind(0)
+    return Segments(start, length, context_start, context, start, torch.zeros_like(start))
+
+
+def _within(segments: Segments, part: Slice) -> Segments:
+    """What of each segment lies in this rank's chunks, as segments whose queries are counted in the rank's own rows."""
+    pieces = []
+    for low, high in part.chunks:
+        begin, end = segments.begin.clamp(min=low), (segments.begin + segments.length).clamp(max=high)
+        piece = Segments(begin, end - begin, segments.context_start, segments.context, segments.own_start, begin - segments.begin)
+        pieces.append(piece[(end > begin).nonzero()[:, 0]])
+    joined = Segments(*(torch.cat([getattr(piece, f.name) for piece in pieces]) for f in fields(Segments)))
+    joined.begin = part.local[joined.begin]
+    return joined
 
 
 def _similar(queries: Tensor, keys: Tensor) -> list[Tensor]:
@@ -92,25 +127,30 @@ def _rounded(n: Tensor) -> Tensor:
     return (n + step - 1) // step * step
 
 
-def _bucket(start: Tensor, length: Tensor, context_start: Tensor, context: Tensor, repeat: int, dtype: torch.dtype, device: torch.device) -> Bucket:
-    q, k = torch.arange(int(length.max())), torch.arange(int((context + length).max()))
-    inside_context = k < context[:, None]
-    own = start[:, None] + k - context[:, None]
-    keys = torch.where(inside_context, context_start[:, None] + k, own)
-    real = k < (context + length)[:, None]
-    queries = start[:, None] + q
-    seen = (k <= (context[:, None, None] + q[:, None])) & real[:, None]      # causal, aligned to the end
+def _bucket(some: Segments, place_of_key: Tensor | None, repeat: int, dtype: torch.dtype, device: torch.device) -> Bucket:
+    q, k = torch.arange(int(some.length.max())), torch.arange(int(some.keys.max()))
+    before = (some.context + some.before)[:, None]
+    keys = torch.where(k < some.context[:, None], some.context_start[:, None] + k, some.own_start[:, None] + k - some.context[:, None])
+    real = k < some.keys[:, None]
+    queries = some.begin[:, None] + q
+    seen = (k <= (before[..., None] + q[:, None])) & real[:, None]          # causal, aligned to the end
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))[:, None].repeat(1, 1, repeat, 1)
-    last = int((start + length).max()) - 1                                  # padded rows read a real row; nothing of it is used
-    rows = queries.clamp(max=last).flatten(), torch.where(real, keys, start[:, None]).flatten()
-    return Bucket(len(start), rows[0].to(device), rows[1].to(device), bias.to(device))
+    last = int((some.begin + some.length).max()) - 1                        # padded rows read a real row; nothing of it is used
+    rows = queries.clamp(max=last).flatten(), _in_order(torch.where(real, keys, some.own_start[:, None]).flatten(), place_of_key)
+    return Bucket(len(some.begin), rows[0].to(device), rows[1].to(device), bias.to(device))
 
 
-def _key_rows(start: Tensor, length: Tensor, context_start: Tensor, context: Tensor) -> Tensor:
-    size = context + length
+def _key_rows(segments: Segments) -> Tensor:
+    size = segments.keys
     segment = torch.arange(len(size)).repeat_interleave(size)
     k = torch.arange(int(size.sum())) - (size.cumsum(0) - size)[segment]
-    return torch.where(k < context[segment], context_start[segment] + k, start[segment] + k - context[segment])
+    context = segments.context[segment]
+    return torch.where(k < context, segments.context_start[segment] + k, segments.own_start[segment] + k - context)
+
+
+def _in_order(rows: Tensor, place_of_key: Tensor | None) -> Tensor:
+    """Rows of the packed row as rows of the keys at hand: the same, or where the gather over ranks has put them."""
+    return rows if place_of_key is None else place_of_key[rows]
 
 
 def _cumulative(lengths: Tensor, device: torch.device) -> Tensor:
@@ -151,6 +191,8 @@ class GroupAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
                 packed_seq_params: RowPlan, **_: object) -> Tensor:
+        if (part := packed_seq_params.slice) is not None:
+            key, value = part.gather(torch.cat([key, value], -1)).chunk(2, -1)
         return attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)[:, None]
 
     def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:

@@ -20,11 +20,12 @@ from sophiavl_fast.types import Batch
 
 @dataclass(slots=True, kw_only=True)
 class Layout:
-    """Where this process stands. `lead` is the replica's rank with tensor 0 and pipeline 0: it reads data and asks the engines."""
+    """Where this process stands. `lead` is the replica's first rank (tensor, context and pipeline 0): it reads data and asks the engines."""
 
     device: torch.device
     tensor: int
     pipeline: int
+    context: int
     sequence: bool
     replica: int
     replicas: int
@@ -34,12 +35,19 @@ class Layout:
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
+    cp_group: ProcessGroup
     peers: ProcessGroup      # gloo: the ranks that hold one replica
     first_stage_peers: ProcessGroup  # gloo: those of them that hold its first stage
     control: ProcessGroup    # gloo: all ranks, deadline policy.control_timeout_s
     replicas_control: ProcessGroup  # gloo: this rank's counterparts in the other replicas
+    shards: ProcessGroup     # the ranks over which the optimizer is sharded: those counterparts and their context-parallel peers
     peer_ranks: list[int]    # global ranks of `peers`, the lead first
     owns_process_group: bool
+
+    @property
+    def row_multiple(self) -> int:
+        """What a packed row's length must be a multiple of: slices of a row are equal."""
+        return (self.tensor if self.sequence else 1) * (2 * self.context if self.context > 1 else 1)
 
     def wait(self, phase: str) -> None:
         """Meet all ranks; whoever does not come by the deadline is named in the EngineError."""
@@ -66,7 +74,7 @@ class Layout:
         """The lead's rows on every rank of its replica; pixels, the bulk of them, stay on the first stage."""
         light = self.share([replace(r, pixel_values=None) for r in rows] if rows is not None else None)
         pixels = [r.pixel_values for r in rows] if rows is not None else None
-        if self.first_stage and self.tensor > 1:
+        if self.first_stage and self.tensor * self.context > 1:
             pixels = self._broadcast(pixels, self.first_stage_peers, self.peer_ranks[0])
         return [replace(r, pixel_values=p) for r, p in zip(light, pixels or [])] if self.first_stage else light
 
@@ -83,6 +91,12 @@ class Layout:
         if self.replicas > 1 and total.numel():
             dist.all_reduce(total, op=operation, group=self.dp_group if total.device.type == "cuda" else self.replicas_control)
         return total
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that share the optimizer's state; the argument, on the device, is overwritten."""
+        if self.replicas * self.context > 1:
+            dist.all_reduce(tensor, group=self.shards)
+        return tensor
 
     def gather_replicas(self, value: Any) -> list[Any]:
         """Every replica's object, in the order of the replicas, on the counterparts of this rank."""
@@ -112,17 +126,18 @@ def open_layout(config: Config) -> Layout:
     shape = config.parallel
     with without_cuda(device):
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=shape.tensor, pipeline_model_parallel_size=shape.pipeline,
+            tensor_model_parallel_size=shape.tensor, pipeline_model_parallel_size=shape.pipeline, context_parallel_size=shape.context,
             distributed_timeout_minutes=max(1, int(config.policy.control_timeout_s // 60)),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    peers, first_stage_peers, peer_ranks = _peers(shape.tensor, shape.pipeline, replica, replicas, deadline)
+    peers, first_stage_peers, peer_ranks = _peers(shape.tensor * shape.context, shape.pipeline, replica, replicas, deadline)
     return Layout(
-        device=device, tensor=shape.tensor, pipeline=shape.pipeline, sequence=shape.sequence, replica=replica, replicas=replicas,
+        device=device, tensor=shape.tensor, pipeline=shape.pipeline, context=shape.context, sequence=shape.sequence, replica=replica, replicas=replicas,
         lead=dist.get_rank() == peer_ranks[0], first_stage=parallel_state.is_pipeline_first_stage(),
         last_stage=parallel_state.is_pipeline_last_stage(), tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(), dp_group=parallel_state.get_data_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(), shards=parallel_state.get_data_parallel_group(with_context_parallel=True),
         peers=peers, first_stage_peers=first_stage_peers, peer_ranks=peer_ranks, control=dist.new_group(backend="gloo", timeout=deadline),
         replicas_control=parallel_state.get_data_parallel_group_gloo(), owns_process_group=owns,
     )
@@ -147,10 +162,11 @@ def _initialise(device: torch.device, deadline: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
 
 
-def _peers(tensor: int, pipeline: int, replica: int, replicas: int, deadline: timedelta) -> tuple[ProcessGroup, ProcessGroup, list[int]]:
-    """gloo groups of this replica's ranks and of its first stage's. megatron numbers ranks tensor first, then data, then pipeline."""
+def _peers(stage: int, pipeline: int, replica: int, replicas: int, deadline: timedelta) -> tuple[ProcessGroup, ProcessGroup, list[int]]:
+    """gloo groups of this replica's ranks and of its first stage's. megatron numbers ranks tensor first, then context,
+    then data, then pipeline; a stage of a replica has `stage` of them, in a row."""
     every = []
     for d in range(replicas):  # every rank takes part in making every group
-        ranks = [t + tensor * (d + replicas * p) for p in range(pipeline) for t in range(tensor)]
-        every.append((dist.new_group(ranks, backend="gloo", timeout=deadline), dist.new_group(ranks[:tensor], backend="gloo", timeout=deadline), ranks))
+        ranks = [i + stage * (d + replicas * p) for p in range(pipeline) for i in range(stage)]
+        every.append((dist.new_group(ranks, backend="gloo", timeout=deadline), dist.new_group(ranks[:stage], backend="gloo", timeout=deadline), ranks))
     return every[replica]

@@ -52,12 +52,13 @@ class VisionLanguageModel(MegatronModule):
 
     def forward(self, batch: Batch, plan: RowPlan) -> Tensor:
         tokens = batch.tokens[None]
-        hidden = self.language(input_ids=tokens, position_ids=batch.position_ids[:, None], attention_mask=None,
+        positions = batch.position_ids if plan.slice is None else batch.position_ids[:, plan.slice.rows]
+        hidden = self.language(input_ids=tokens, position_ids=positions[:, None], attention_mask=None,
                                decoder_input=self._embed(tokens, batch, plan) if self.layout.first_stage else None, packed_seq_params=plan)
-        return self._predictors(hidden, batch.predictor) if self.layout.last_stage else hidden
+        return self._predictors(hidden, batch.predictor, plan) if self.layout.last_stage else hidden
 
     def _embed(self, tokens: Tensor, batch: Batch, plan: RowPlan) -> Tensor:
-        """[S, 1, H] embeddings with image features in place, this rank's slice of S under sequence parallelism.
+        """[S, 1, H] embeddings with image features in place, this rank's slice of S under context and sequence parallelism.
 
         Features for the first layers' outputs go into the plan.
         """
@@ -68,16 +69,26 @@ class VisionLanguageModel(MegatronModule):
             features, deep = self.family.image_features(self.vision, batch.pixel_values.to(embedded.dtype), batch.image_grid_thw)
             rows = (batch.tokens == self.family.image_token_id).nonzero()[:, 0]
             embedded = embedded.index_copy(0, rows, features[:, None].to(embedded.dtype))
+        if plan.slice is not None:
+            embedded = embedded.index_select(0, plan.slice.rows)
+            if deep:
+                here = plan.slice.local[rows]
+                rows, deep = here[here >= 0], [level[here >= 0] for level in deep]
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded)
         if deep:
             embedded, plan.deepstack = attach(embedded, rows, deep, rank=dist.get_rank(self.layout.tp_group), sequence_parallel=self.config.sequence_parallel)
         return embedded
 
-    def _predictors(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Hidden states at `rows`. Each tensor rank's log-prob gives its part of their gradient: here it is summed, once."""
+    def _predictors(self, hidden: Tensor, rows: Tensor, plan: RowPlan) -> Tensor:
+        """Hidden states at `rows`, those of them that this rank holds under context parallelism.
+
+        Each tensor rank's log-prob gives its part of their gradient: here it is summed, once.
+        """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        if plan.slice is not None:
+            rows = plan.slice.local[rows[plan.slice.targets]]
         chosen = hidden[:, 0].index_select(0, rows)
         return chosen if self.config.sequence_parallel else copy_to_tensor_model_parallel_region(chosen)
 
@@ -91,7 +102,8 @@ def build_model(config: Config, family: Family, layout: Layout) -> tuple[VisionL
     transformer = TransformerConfig(
         **fields, **recompute, **stages, mrope_section=[], hidden_dropout=0.0, attention_dropout=0.0,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline, sequence_parallel=layout.sequence,
+        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline, context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence,
         variable_seq_lengths=layout.pipeline > 1, moe_token_dispatcher_type="alltoall",  # megatron wants the latter with the former
         batch_p2p_comm=not on_cpu, use_cpu_initialization=on_cpu, perform_initialization=False, calculate_per_token_loss=True,
         bias_activation_fusion=False, masked_softmax_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False,

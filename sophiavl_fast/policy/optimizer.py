@@ -113,7 +113,7 @@ def gathered(optimizer: ChainedOptimizer, layout: Layout, parameter: nn.Paramete
     whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
     if (shard := shard_of(optimizer, parameter)) is not None:
         whole.view(-1)[shard.begin:shard.end] = pick(shard).view(-1)
-    return layout.sum_over_replicas(whole) if layout.replicas > 1 else whole
+    return layout.sum_over_shards(whole)
 
 
 def _not_finite(model: DistributedDataParallel) -> str:

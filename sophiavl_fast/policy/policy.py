@@ -19,6 +19,7 @@ from sophiavl_fast.kernels import STATS, SUMS, linear_logprob
 from sophiavl_fast.policy import cpu_linear, mapping, optimizer, packing
 from sophiavl_fast.policy.attention import RowPlan, plan_row
 from sophiavl_fast.policy.compare_hf import HuggingFace
+from sophiavl_fast.policy.context import cut
 from sophiavl_fast.policy.distributed import Layout, open_layout
 from sophiavl_fast.policy.export import export
 from sophiavl_fast.policy.families import Family, open_family
@@ -97,7 +98,7 @@ class Policy:
         if self.is_lead:
             c = self.config
             rows = packing.pack(groups, advantages, self.family, share_prompt=c.policy.share_prompt, budget=c.policy.tokens_per_row,
-                                multiple=self.layout.tensor if self.layout.sequence else 1, check=c.debug.check_batches)
+                                multiple=self.layout.row_multiple, check=c.debug.check_batches)
         if len(self.layout.peer_ranks) == 1:
             assert rows is not None
             return rows
@@ -107,7 +108,7 @@ class Policy:
     def logprobs(self, batches: list[Batch], *, reference: bool = False) -> list[Tensor]:
         """[T] fp32 of each batch's targets, on every rank of the replica; of the frozen reference where asked."""
         with without_cuda(self.device), self._weights_of(reference):
-            found = self._run(batches, lambda batch, hidden: self._head(hidden, batch, entropy=False)[0], forward_only=True)
+            found = self._run(batches, lambda batch, hidden, plan: self._head(hidden, batch, plan, entropy=False)[0], forward_only=True)
         return [self._from_last_stage(lp, len(b.target)) for lp, b in zip(found or [None] * len(batches), batches, strict=True)]
 
     def compare_hf(self, batches: list[Batch], logprobs: list[Tensor]) -> float:
@@ -122,8 +123,8 @@ class Policy:
         Raises EngineError when a gradient is not finite (the weights are untouched then).
         """
 
-        def loss(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logprob, spread = self._head(hidden, batch, entropy=entropy)
+        def loss(batch: Batch, hidden: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logprob, spread = self._head(hidden, batch, plan, entropy=entropy)
             value, stats = loss_fn(batch, logprob, spread)
             return value, torch.zeros((), dtype=torch.int, device=self.device), {"stats": stats.detach().clone()}
 
@@ -166,14 +167,14 @@ class Policy:
 
     # -- inside
 
-    def _run(self, batches: list[Batch], last: Callable[[Batch, Tensor], Any], *, forward_only: bool) -> list[Any]:
+    def _run(self, batches: list[Batch], last: Callable[[Batch, Tensor, RowPlan], Any], *, forward_only: bool) -> list[Any]:
         """megatron's schedule over the micro-batches; what `last` returned for each on the last stage, [] on the others."""
         rows = iter(batches)
 
         def forward(_: object, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             host = next(rows)
             plan, batch = self._plan(host), host.to(self.device)
-            return model(batch, plan), lambda hidden, non_loss_data=False: last(batch, hidden)
+            return model(batch, plan), lambda hidden, non_loss_data=False: last(batch, hidden, plan)
 
         return get_forward_backward_func()(
             forward_step_func=forward, data_iterator=None, model=self._wrapped, num_microbatches=len(batches),
@@ -181,17 +182,26 @@ class Policy:
         )
 
     def _plan(self, batch: Batch) -> RowPlan:
-        heads = self.heads
-        return plan_row(batch, device=self.device, dtype=self.model.config.params_dtype, query_heads_per_key=heads.query // heads.key)
+        heads, layout = self.heads, self.layout
+        return plan_row(batch, device=self.device, dtype=self.model.config.params_dtype, query_heads_per_key=heads.query // heads.key,
+                        part=cut(batch, dist.get_rank(layout.cp_group), layout.context, layout.cp_group) if layout.context > 1 else None)
 
-    def _head(self, hidden: Tensor, batch: Batch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution."""
+    def _head(self, hidden: Tensor, batch: Batch, plan: RowPlan, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution.
+
+        Under context parallelism hidden holds this rank's rows only, and what comes back is whole.
+        """
         weight: Any = self.model.head_weight()
-        return linear_logprob(
-            hidden, weight, batch.target, bias=self._ban_bias, temperature=self.temperature, entropy=entropy, vocab_size=self.heads.vocab,
-            group=self.layout.tp_group if self.layout.tensor > 1 else None, main_grad=weight.main_grad if torch.is_grad_enabled() else None,
-            chunk=self.config.policy.logprob_chunk,
+        part = plan.slice
+        logprob, spread = linear_logprob(
+            hidden, weight, batch.target if part is None else batch.target[part.targets], bias=self._ban_bias, temperature=self.temperature,
+            entropy=entropy, vocab_size=self.heads.vocab, group=self.layout.tp_group if self.layout.tensor > 1 else None,
+            main_grad=weight.main_grad if torch.is_grad_enabled() else None, chunk=self.config.policy.logprob_chunk,
         )
+        if part is None:
+            return logprob, spread
+        size = len(batch.target)
+        return part.whole(logprob, size), None if spread is None else part.whole(spread, size)
 
     def _from_last_stage(self, tensor: Tensor | None, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.layout.pipeline == 1:

@@ -16,6 +16,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import zoo
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import save_file
 
 from sophiavl_fast.policy import Policy, checkpoint
@@ -28,6 +29,8 @@ BREAKS = {
     "no-head-sum": ("sophiavl_fast.policy.model.copy_to_tensor_model_parallel_region", lambda x: x),
     "no-norm-sum": ("megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads", lambda *a, **k: None),
     "no-deepstack-sum": ("sophiavl_fast.policy.deepstack.copy_to_tensor_model_parallel_region", lambda x: x),
+    "no-key-sum": ("sophiavl_fast.policy.context.gather_from_sequence_parallel_region",
+                   lambda x, *, group, **_: gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group)),
     "no-replica-sum": ("megatron.core.distributed.DistributedDataParallel.finish_grad_sync", lambda *a, **k: None),
 }
 

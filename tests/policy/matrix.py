@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}), "TP2": (2, {"tensor": 2}), "TP2+SP": (2, {"tensor": 2, "sequence": True}), "PP2": (2, {"pipeline": 2}),
     "PP2 uneven": (2, {"pipeline": 2, "stages": [3, 1]}), "DP2": (2, {}),
-    "TP2xPP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}), "DP2xTP2": (4, {"tensor": 2}),
+    "CP2": (2, {"context": 2}), "CP2xTP2+SP": (4, {"context": 2, "tensor": 2, "sequence": True}), "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "DP2xCP2": (4, {"context": 2}), "TP2xPP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}), "DP2xTP2": (4, {"tensor": 2}),
 }
 
 

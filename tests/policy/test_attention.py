@@ -57,8 +57,9 @@ def test_flash_layout_names_the_same_keys():
     """What the variable-length kernel is told: segment by segment, its keys in order, aligned to the end."""
     batch = row(4, multiple=64)
     mask = dense_mask(batch)
-    start, length, context_start, context = attention._segments(batch)
-    keys = attention._key_rows(start, length, context_start, context).split((length + context).tolist())
+    segments = attention._segments(batch)
+    start, length, context = segments.begin, segments.length, segments.context
+    keys = attention._key_rows(segments).split((length + context).tolist())
     assert torch.equal(start, F.pad(length.cumsum(0), (1, 0))[:-1])  # segments tile the row: queries stay where they are
     for s, n, rows in zip(start.tolist(), length.tolist(), keys):
         for i in range(n):  # causal, aligned to the end: query i of n sees all but the last n - 1 - i keys
@@ -69,8 +70,8 @@ def test_work_grows_with_segments_not_with_rows():
     """Padding within a bucket stays below 2x of the exact number of query-key pairs, whatever is packed together."""
     batch = row(5)
     plan = attention.plan_row(batch, device=torch.device("cpu"), dtype=torch.float32, query_heads_per_key=1)
-    _, length, _, context = attention._segments(batch)
-    assert sum(b.bias.numel() for b in plan.buckets) < 2 * int((length * (length + context)).sum())
+    segments = attention._segments(batch)
+    assert sum(b.bias.numel() for b in plan.buckets) < 2 * int((segments.length * segments.keys).sum())
 
 
 def test_positions_are_transformers(folder):

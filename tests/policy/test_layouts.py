@@ -11,10 +11,10 @@ from zoo import FAMILIES
 from sophiavl_fast.policy import checkpoint
 
 pytestmark = pytest.mark.layout
-QUICK = [Job(kind, layout) for kind in FAMILIES for layout in ("TP2+SP", "PP2")]
+QUICK = [Job(kind, layout) for kind in FAMILIES for layout in ("TP2+SP", "PP2")] + [Job("qwen3_vl", "CP2")]
 BROKEN = [Job("internvl3", "TP2", broken="no-head-sum"), Job("qwen2_5_vl", "DP2", broken="no-replica-sum")]
 SLOW_BROKEN = [Job("qwen3_vl", "TP2", broken="no-row-sum"), Job("qwen2_5_vl", "TP2+SP", broken="no-norm-sum"),
-               Job("qwen3_vl", "TP2", broken="no-norm-sum"), Job("qwen3_vl", "TP2+SP", broken="no-deepstack-sum")]
+               Job("internvl3", "CP2", broken="no-key-sum"), Job("qwen3_vl", "TP2", broken="no-norm-sum"), Job("qwen3_vl", "TP2+SP", broken="no-deepstack-sum")]
 
 
 def LONG(test):

@@ -224,6 +224,9 @@ class PolicyConf(Node):
     """Recompute layers in the backward pass."""
     offload_reference: bool = False
     """Keep the reference on the CPU between uses."""
+    kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Backend of the log-probs and the loss: auto takes the fastest that this device has (the environment variable SOPHIAVL_KERNELS may say
+    otherwise); a named one must be there. cpu is the C++ kernel of the log-probs, beside the reference loss."""
     logprob_chunk: int = 1024
     """Rows of logits held at once by the reference log-prob."""
     control_timeout_s: float = 1800.0

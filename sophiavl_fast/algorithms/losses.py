@@ -39,6 +39,7 @@ def denominator(batches: Iterable[Batch], config: Config) -> Tensor:
 def make_grpo_loss(config: Config, denominator: Tensor | float) -> LossFn:
     """loss_fn(batch, logprob [T], entropy [T] or None) -> (loss, stats [K]), divided by the global `denominator`."""
     a, count = config.algorithm, float(denominator)
+    backend = "auto" if config.policy.kernels == "cpu" else config.policy.kernels  # C++ has no loss of its own: on a CPU auto is the reference
 
     def loss_fn(batch: Batch, logprob: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         agrees = None if a.mismatch_cap is None else matching(batch, logprob, a.mismatch_cap)
@@ -47,9 +48,19 @@ def make_grpo_loss(config: Config, denominator: Tensor | float) -> LossFn:
             aggregate=a.aggregate, max_length=config.rollout.max_new_tokens if a.aggregate == "constant" else None,
             clip_low=a.clip_low, clip_high=a.clip_high, dual_clip=a.dual_clip, pre_clip=a.pre_clip, ref_logprob=batch.ref_logprob, kl=a.kl,
             kl_coef=a.kl_coef, rollout_logprob=batch.rollout_logprob, tis_cap=a.tis_cap,
-            mismatch_mask=agrees, entropy=entropy, entropy_coef=a.entropy_coef)
+            mismatch_mask=agrees, entropy=entropy, entropy_coef=a.entropy_coef, backend=backend)
 
     return loss_fn
+
+
+def active_rows(batch: Batch, config: Config) -> Tensor | None:
+    """[A] int64 targets whose log-prob can have a gradient, None: all of them. Where no KL term or entropy bonus pulls at every token these are
+    the tokens of responses with an advantage, and the log-prob's backward pass costs no more than they do."""
+    a = config.algorithm
+    if a.kl_coef > 0 or a.entropy_coef != 0:
+        return None
+    moves = (batch.advantage != 0).repeat_interleave(batch.cu_seqlens.diff())
+    return None if bool(moves.all()) else moves.nonzero()[:, 0]
 
 
 def matching(batch: Batch, logprob: Tensor, cap: float) -> Tensor:

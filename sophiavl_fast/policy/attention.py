@@ -43,6 +43,7 @@ class RowPlan(PackedSeqParams):
     flash: bool
     key_rows: Tensor | None = None  # [sum of K] rows gathered as keys (flash)
     deepstack: Any = None         # what the first layers add at image tokens, see deepstack.py
+    active: Tensor | None = None  # [A] targets of this rank whose log-prob needs a backward pass; None: all of them
     slice: Slice | None = None    # this rank's part of the row under context parallelism; S above is then its length
 
 
@@ -66,14 +67,15 @@ class Segments:
         return Segments(*(getattr(self, f.name)[members] for f in fields(self)))
 
 
-def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_heads_per_key: int, part: Slice | None = None) -> RowPlan:
+def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_heads_per_key: int, part: Slice | None = None,
+             active: Tensor | None = None) -> RowPlan:
     """Cut a row (boundaries on the CPU) into segments and lay out their attention on `device`; `part`: of this rank's slice of it."""
     segments = _segments(batch) if part is None else _within(_segments(batch), part)
     place_of_key = None if part is None else part.gathered
-    held = None if part is None else part.to(device)
+    common: dict[str, Any] = {"slice": None if part is None else part.to(device), "active": None if active is None else active.to(device)}
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return RowPlan(
-            buckets=[], place=torch.empty(0), flash=True, key_rows=_in_order(_key_rows(segments), place_of_key).to(device), slice=held,
+            buckets=[], place=torch.empty(0), flash=True, key_rows=_in_order(_key_rows(segments), place_of_key).to(device), **common,
             cu_seqlens_q=_cumulative(segments.length, device), cu_seqlens_kv=_cumulative(segments.keys, device),
             max_seqlen_q=int(segments.length.max()), max_seqlen_kv=int(segments.keys.max()),
         )
@@ -85,7 +87,7 @@ def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_he
         place[(some.begin[:, None] + torch.arange(width))[inside]] = done + inside.flatten().nonzero()[:, 0]
         done += inside.numel()
         buckets.append(_bucket(some, place_of_key, query_heads_per_key, dtype, device))
-    return RowPlan(buckets=buckets, place=place.to(device), flash=False, slice=held)
+    return RowPlan(buckets=buckets, place=place.to(device), flash=False, **common)
 
 
 def _segments(batch: Batch) -> Segments:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sophiavl_fast.compat.megatron_cpu import without_cuda
 from sophiavl_fast.config import Config
-from sophiavl_fast.errors import EngineError
+from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.kernels import STATS, SUMS, linear_logprob
+from sophiavl_fast.kernels.dispatch import resolve
 from sophiavl_fast.policy import cpu_linear, mapping, optimizer, packing
 from sophiavl_fast.policy.attention import RowPlan, plan_row
 from sophiavl_fast.policy.compare_hf import HuggingFace
@@ -23,10 +24,11 @@ from sophiavl_fast.policy.context import cut
 from sophiavl_fast.policy.distributed import Layout, open_layout
 from sophiavl_fast.policy.export import export
 from sophiavl_fast.policy.families import Family, open_family
-from sophiavl_fast.policy.model import VisionLanguageModel, build_model
+from sophiavl_fast.policy.model import DTYPES, VisionLanguageModel, build_model
 from sophiavl_fast.types import Batch, Group
 
 LossFn = Callable[[Batch, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Active = Callable[[Batch], Tensor | None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +65,7 @@ class Policy:
         family = open_family(config.model.path)
         layout = open_layout(config)
         try:
+            _check_kernels(config, layout)
             with without_cuda(layout.device):
                 model, heads = build_model(config, family, layout)
                 if layout.device.type == "cpu" and cpu_linear.available():
@@ -116,10 +119,12 @@ class Policy:
         self._hf = self._hf or HuggingFace(self)
         return float(self.layout.max_over_replicas(torch.tensor(self._hf.difference(batches, logprobs))))
 
-    def update(self, batches: list[Batch], loss_fn: LossFn, *, entropy: bool = False) -> UpdateResult:
+    def update(self, batches: list[Batch], loss_fn: LossFn, *, entropy: bool = False, active: Active | None = None) -> UpdateResult:
         """One optimizer step on the sum of `loss_fn(batch, logprob [T], entropy [T] or None)` over micro-batches and replicas.
 
         loss_fn returns (loss, stats [K]): a scalar already divided by its global denominator, and fp32 slots named by kernels.STATS.
+        active(batch), of a batch on the CPU, names the targets [A] whose log-prob can have a gradient (None: all): the others cost no backward pass
+        through the vocabulary.
         Raises EngineError when a gradient is not finite (the weights are untouched then).
         """
 
@@ -133,7 +138,7 @@ class Policy:
         with without_cuda(self.device):
             self._wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            found = self._run(batches, loss, forward_only=False)
+            found = self._run(batches, loss, forward_only=False, active=active)
             norm, rate = optimizer.step(self.optimizer, self._wrapped, self.config.optim, update=self.updates, total=self._total)
         self.updates += 1
         return UpdateResult(stats=self._combine([f["stats"] for f in found]), grad_norm=norm, lr=rate)
@@ -167,13 +172,13 @@ class Policy:
 
     # -- inside
 
-    def _run(self, batches: list[Batch], last: Callable[[Batch, Tensor, RowPlan], Any], *, forward_only: bool) -> list[Any]:
+    def _run(self, batches: list[Batch], last: Callable[[Batch, Tensor, RowPlan], Any], *, forward_only: bool, active: Active | None = None) -> list[Any]:
         """megatron's schedule over the micro-batches; what `last` returned for each on the last stage, [] on the others."""
         rows = iter(batches)
 
         def forward(_: object, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             host = next(rows)
-            plan, batch = self._plan(host), host.to(self.device)
+            plan, batch = self._plan(host, active(host) if active else None), host.to(self.device)
             return model(batch, plan), lambda hidden, non_loss_data=False: last(batch, hidden, plan)
 
         return get_forward_backward_func()(
@@ -181,10 +186,13 @@ class Policy:
             seq_length=max(len(b.tokens) for b in batches), micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only,
         )
 
-    def _plan(self, batch: Batch) -> RowPlan:
+    def _plan(self, batch: Batch, active: Tensor | None) -> RowPlan:
         heads, layout = self.heads, self.layout
+        part = cut(batch, dist.get_rank(layout.cp_group), layout.context, layout.cp_group) if layout.context > 1 else None
+        if active is not None and part is not None:
+            active = torch.isin(part.targets, active).nonzero()[:, 0]
         return plan_row(batch, device=self.device, dtype=self.model.config.params_dtype, query_heads_per_key=heads.query // heads.key,
-                        part=cut(batch, dist.get_rank(layout.cp_group), layout.context, layout.cp_group) if layout.context > 1 else None)
+                        part=part, active=active)
 
     def _head(self, hidden: Tensor, batch: Batch, plan: RowPlan, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution.
@@ -196,7 +204,8 @@ class Policy:
         logprob, spread = linear_logprob(
             hidden, weight, batch.target if part is None else batch.target[part.targets], bias=self._ban_bias, temperature=self.temperature,
             entropy=entropy, vocab_size=self.heads.vocab, group=self.layout.tp_group if self.layout.tensor > 1 else None,
-            main_grad=weight.main_grad if torch.is_grad_enabled() else None, chunk=self.config.policy.logprob_chunk,
+            active=plan.active, main_grad=weight.main_grad if torch.is_grad_enabled() else None,
+            backend=self.config.policy.kernels, chunk=self.config.policy.logprob_chunk,
         )
         if part is None:
             return logprob, spread
@@ -241,6 +250,14 @@ class Policy:
         finally:
             for parameter, data in live.items():
                 parameter.data = data
+
+
+def _check_kernels(config: Config, layout: Layout) -> None:
+    """policy.kernels names a backend that this device has for what the policy computes."""
+    try:
+        resolve("linear_logprob", config.policy.kernels, layout.device, DTYPES[config.model.dtype])
+    except ValueError as error:
+        raise UserError(f"policy.kernels: {error}") from None
 
 
 def _ban_bias(banned: Sequence[int], heads: mapping.Heads, layout: Layout) -> Tensor | None:

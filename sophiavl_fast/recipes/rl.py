@@ -214,7 +214,7 @@ def update(rooms: Rooms, groups: list[types.Group], advantages: torch.Tensor | N
     for _ in range(a.epochs):
         for part in parts:
             count = policy.sum_over_replicas(losses.denominator(part, config))
-            result = policy.update(part, losses.make_grpo_loss(config, count), entropy=True)
+            result = policy.update(part, losses.make_grpo_loss(config, count), entropy=True, active=lambda batch: losses.active_rows(batch, config))
             results.append(losses.metrics(result.stats, config) | {"policy/grad_norm": result.grad_norm, "optim/lr": result.lr})
     found |= {key: (max if key.endswith("_max") else _mean)([r[key] for r in results]) for key in results[0]}
     if not config.rollout.staleness:  # else most tokens are of an older version: `probe` compares after each transfer

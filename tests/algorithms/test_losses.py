@@ -126,3 +126,21 @@ def test_responses_whose_engine_disagrees_are_left_out():
     expected[4:7] = 0
     torch.testing.assert_close(grad, expected)
     assert losses.metrics(vector, config)["policy/mismatch_frac"] == pytest.approx(3 / 9)
+
+
+@pytest.mark.parametrize("options", [{"kl_coef": 0.0}, {"kl_coef": 0.04}, {"kl_coef": 0.0, "entropy_coef": 0.01},
+                                     {"kl_coef": 0.0, "ratio": "sequence"}], ids=str)
+def test_no_gradient_lies_outside_the_active_rows(options):
+    config, batch = conf(**options), row([3, 0, 5, 2, 4])
+    batch.advantage = torch.tensor([0.0, 1.0, -0.5, 0.0, 2.0])
+    logprob = (batch.old_logprob + 0.01 * torch.randn(14)).requires_grad_()
+    entropy = torch.rand(14, requires_grad=True)
+    losses.make_grpo_loss(config, 14)(batch, logprob, entropy)[0].backward()
+    rows = losses.active_rows(batch, config)
+    if options["kl_coef"] or "entropy_coef" in options:
+        assert rows is None and (logprob.grad[:3].any() or entropy.grad[:3].any())
+        return
+    assert rows.tolist() == [3, 4, 5, 6, 7, 10, 11, 12, 13]
+    assert not logprob.grad[[0, 1, 2, 8, 9]].any() and logprob.grad[rows].any()
+    batch.advantage = torch.ones(5)
+    assert losses.active_rows(batch, config) is None

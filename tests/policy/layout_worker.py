@@ -68,7 +68,7 @@ def _do(folder: Path, out: Path, sections: dict[str, Any]) -> None:
     logprobs = torch.cat(policy.logprobs(batches))
     policy.config.policy.tokens_per_row = 10_000  # all groups in one row: images and text mixed
     one_row = torch.cat(policy.logprobs(pack()))
-    result = policy.update(batches, loss, entropy=True)
+    result = policy.update(batches, loss, entropy=True, active=lambda batch: torch.arange(len(batch.target)))
     gradients = {n: g.clone().contiguous() for n, g in policy.gradients()}
     checkpoint.save(policy, out, 1, {"from": sections.get("parallel", {})}, keep=1)
     assert torch.equal(torch.cat(policy.logprobs(batches, reference=True)), logprobs)

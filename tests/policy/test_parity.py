@@ -3,6 +3,8 @@ import pytest
 import tiny
 import torch
 
+from sophiavl_fast.errors import UserError
+
 LOGPROB, GRADIENT = 1e-5, 1e-5
 
 
@@ -157,3 +159,26 @@ def test_compare_hf_sees_the_live_weights(tied_folder, create, share):
     after = policy.logprobs(batches)
     assert policy.compare_hf(batches, after) < LOGPROB
     assert policy.compare_hf(batches, before) > 1e-4
+
+
+def test_inactive_rows_cost_no_backward_pass_and_change_nothing(folder, create):
+    """Targets without a gradient may be left out by name; what is left out has none, whatever the loss says."""
+    groups = tiny.groups()
+    weights = draw(groups)
+    weights[::3] = 0
+    expected = gradients(policy := create(folder, optim={"clip_grad": 0.0}), policy.pack(groups, None), weights)
+    named = {}
+    for rows in (lambda w: w.nonzero()[:, 0], lambda w: w.nonzero()[:0, 0]):
+        policy = create(folder, optim={"clip_grad": 0.0}, policy={"tokens_per_row": 75})
+        batches = policy.pack(groups, None)
+        parts = {id(b): w for b, w in zip(batches, weights.split([len(b.target) for b in batches]), strict=True)}
+        policy.update(batches, weighted_sum(batches, weights), active=lambda batch: rows(parts[id(batch)]))
+        named[len(named)] = {n: g.clone() for n, g in policy.gradients()}
+    assert worst(named[0], expected) < GRADIENT
+    assert all(not g.any() for g in named[1].values())
+
+
+def test_a_kernel_that_this_device_lacks_is_refused_by_name(folder, create):
+    with pytest.raises(UserError, match="policy.kernels: backend = 'triton': it needs a CUDA device"):
+        create(folder, policy={"kernels": "triton"})
+    create(folder, policy={"kernels": "reference"})

@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 
 GIB = 2**30
-RELEASE_EVERY = 16  # every released page is faulted in anew by the next step: releasing after each one cost a quarter of the demo's steps
 
 
 def host_gib() -> float:
@@ -29,11 +28,9 @@ def gpu_peak_gib() -> float | None:
     return torch.cuda.max_memory_reserved() / GIB
 
 
-def release(step: int) -> None:
-    """Every RELEASE_EVERY steps give freed heap pages back to the system. Rows differ in size every step, and without this glibc's heap
-    creeps upwards over hundreds of steps, though nothing leaks. Does nothing where the C library has no malloc_trim."""
-    if step % RELEASE_EVERY:
-        return
+def release() -> None:
+    """Give freed heap pages back to the system. Rows differ in size every step, and without this glibc's heap creeps upwards by gigabytes,
+    though nothing leaks. The next step faults the pages in again, see compat.heap. Does nothing where the C library has no malloc_trim."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -182,7 +182,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     rows = samples.rows(groups, scores, weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
     rows = [row for part in policy.gather_replicas(rows) for row in part]
     lengths = samples.length_metrics(rows)
-    memory.release(step)
+    memory.release()
     metrics |= lengths | {f"transfer/{k}": v for k, v in sent.items()} | memory.metrics() | {
         "reward/grader_killed": everyone.scores.killed, "data/skipped": everyone.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / rollout.seconds, "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,

@@ -1,5 +1,6 @@
 """Recorded rollouts: the whole recipe in other layouts must make the same metrics of the same responses."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,26 @@ def test_the_same_responses_give_the_same_20_steps(demo, recorded, tmp_path, pro
         assert {k for k in COMPARED if b[k] is None} == COMPARED - want.keys()
         assert {k: b[k] for k in want} == pytest.approx(want, rel=1e-3, abs=2e-5), f"step {a['step']}"
     assert alone[0]["policy/grad_norm"] != alone[1]["policy/grad_norm"]
+
+
+@pytest.mark.layout
+@pytest.mark.parametrize("first, then", [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)], ids=str)
+def test_another_number_of_replicas_goes_on_where_a_run_stopped(demo, recorded, tmp_path, first, then):
+    """Replays refuse prompts that the recording run did not draw at that step: the same samples, none twice, none lost."""
+    def go(replicas):
+        done = torchrun(replicas, *arguments(demo, tmp_path / "run", f"debug.replay={recorded}/rollouts", "rollout.engine=server", "checkpoint.every=4",
+                                             f"parallel.data={replicas}", "run.steps=8", "trust.anneal_steps=20"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+
+    whole = go(first)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_8")
+    resumed = go(then)
+    assert [(r["step"], r["id"], r["response"]) for r in resumed] == [(r["step"], r["id"], r["response"]) for r in whole]
+    assert len(resumed) == 8 * 16
+    for a, b in zip(metrics(recorded), metrics(tmp_path / "run"), strict=False):
+        assert {k: b[k] for k in COMPARED if a[k] is not None} == pytest.approx({k: a[k] for k in COMPARED if a[k] is not None}, rel=1e-3, abs=2e-5)
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 9))
 
 
 def test_rollout_only_leaves_the_weights(demo, tmp_path):

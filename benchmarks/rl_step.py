@@ -149,7 +149,10 @@ def _child(a: argparse.Namespace, name: str, model: Path, banned: list[int]) -> 
         command, path = [str(here / "trl_step.py"), str(model), *shape, f"--banned={json.dumps(banned)}", f"--rows={a.trl_rows}"], a.trl
     else:
         command, path = [str(Path(__file__).resolve()), f"--child={name}", f"--work={a.work}", f"--engine={a.engine}", *shape], ""
-    environment = {"GLIBC_TUNABLES": heap.TUNABLE, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH", "")) if p), "OMP_NUM_THREADS": str(a.threads)}
+    environment = {"GLIBC_TUNABLES": heap.TUNABLE, **os.environ, "OMP_NUM_THREADS": str(a.threads),
+                   "PYTHONPATH": os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH", "")) if p)}
+    if name != "trl":
+        environment |= heap.CACHES  # as the command line sets them
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=1800)
     if done.returncode:
         raise SystemExit(f"{name} failed with {done.returncode}:\n{done.stderr[-3000:]}")

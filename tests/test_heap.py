@@ -35,7 +35,7 @@ def test_tunables_of_the_users_own_stay():
 def test_a_system_without_them_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     for mode in ("always madvise [never]", None):
-        monkeypatch.setattr(huge_pages, "MODE", tmp_path / "enabled")
+        monkeypatch.setattr(heap, "MODE", tmp_path / "enabled")
         if mode:
             (tmp_path / "enabled").write_text(mode)
         else:

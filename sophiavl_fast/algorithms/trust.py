@@ -50,6 +50,7 @@ def advantages(scores: Scores, sizes: list[int], step: int, config: Config) -> t
         "reward/total": trust.reward.mean().item(),
         "reward/outcome": outcome.mean().item(),
         "reward/thinking": given[scored].mean().item(),
+        "trust/rank_corr": _rank_correlation(given if given.dim() == 1 else given.mean(1), outcome, scored),
         "reward/unscored": 0.0 if thinking is None else (~scored).float().mean().item(),
     }
 
@@ -63,6 +64,21 @@ def _mean_gamma(trust: Trust, correct: Tensor, scored: Tensor, row_group: Tensor
         defined &= (counts(scored & correct) > 0) & (counts(scored & ~correct) > 0)
     total = torch.zeros(groups, device=row_group.device).index_add(0, row_group, trust.gamma.where(own, 0))
     return (total / counts(own))[defined].mean().item()
+
+
+def _rank_correlation(thinking: Tensor, outcome: Tensor, scored: Tensor) -> float:
+    """Spearman's rank correlation of thinking and outcome over the scored responses, ties at their mean rank; NaN where one of them is constant."""
+    ranks = torch.stack([_mean_ranks(x[scored].double()) for x in (thinking, outcome)])
+    if scored.sum() < 2:
+        return math.nan
+    centred = ranks - ranks.mean(1, keepdim=True)
+    size = centred.norm(dim=1).prod().item()
+    return (centred[0] @ centred[1]).item() / size if size > 0 else math.nan
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[place]
 
 
 def _uniform_share(advantage: Tensor, outcome: Tensor, row_group: Tensor, groups: int) -> float:

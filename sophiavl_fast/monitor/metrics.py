@@ -1,13 +1,14 @@
 """A run's two logs: metrics.jsonl (one object a step) and samples.jsonl (one object a response)."""
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from sophiavl_fast.config import Config
-from sophiavl_fast.monitor import jsonl
+from sophiavl_fast.monitor import alarms, jsonl
 from sophiavl_fast.monitor.loggers import open_loggers
 
 
@@ -30,20 +31,30 @@ class RunLog:
         self._metrics, self._metrics_step = _reopen(self.run_dir / "metrics.jsonl", last_step)
         self._samples, self._samples_step = _reopen(self.run_dir / "samples.jsonl", last_step)
         self._keep_samples = config.monitor.samples
+        self._recent = deque(jsonl.read(self.run_dir / "metrics.jsonl"), maxlen=2 * alarms.WINDOW)
+        self._sounding = alarms.sounding(self._recent)
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
+    def metrics(self, step: int, values: dict[str, Any]) -> list[str]:
         """Write one step: numbers keyed by metric name. NaN and infinities become null, integers stay integers.
 
+        Steps with a reward get the metrics `alarm/NAME`, 0 or 1; returns a line for every alarm that begins with this step.
         Raises ValueError when the step is not beyond the last one: no step is ever written twice.
         """
         if step <= self._metrics_step:
             raise ValueError(f"metrics of step {step} after those of step {self._metrics_step}")
         record = {"step": step, **jsonl.plain(values)}
+        began: list[str] = []
+        if record.get("reward/total") is not None:
+            self._recent.append(record)
+            sounds, before = alarms.sounding(self._recent), self._sounding
+            began, self._sounding = [f"alarm ({name}): {line}" for name, line in sounds.items() if name not in before], sounds
+            record |= {f"alarm/{name}": int(name in sounds) for name in alarms.ALARMS}
         _append(self._metrics, [record])
         self._metrics_step = step
         numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
         for logger in self._loggers:
             logger.log(step, numbers)
+        return began
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Append responses, each with its `step`, in the order of the steps; nothing where monitor.samples is off."""

@@ -25,6 +25,7 @@ PANELS = (
     Panel("Reward", (("reward/total", "total"), ("reward/outcome", "outcome"), ("reward/thinking", "thinking")), "mean over the step's responses"),
     Panel("Loss", (("loss", "loss"),)),
     Panel("Trust", (("trust/gamma", "gamma"), ("trust/weight", "weight")), "gamma dims a doubtful judge; weight is alpha times annealing", unit_interval=True),
+    Panel("Judge against outcome", (("trust/rank_corr", "rank correlation"),), "Spearman, over the step's scored responses"),
     Panel("Uniform and unscored", (("trust/uniform_share", "uniform share"), ("reward/unscored", "unscored")),
           "share of |advantage| from groups whose outcomes are all equal; share of thinking scores missing", unit_interval=True),
     Panel("Response length", (("response/length_mean", "mean"), ("response/length_max", "longest")), unit="tokens"),
@@ -45,7 +46,7 @@ PANELS = (
 
 def choose(metrics: list[dict[str, Any]]) -> tuple[list[Panel], list[Panel]]:
     """The panels that have something to show, and one for each number that none of them holds."""
-    present = {key for record in metrics for key, value in record.items() if _is_number(value)} - {"step"}
+    present = {key for record in metrics for key, value in record.items() if _is_number(value) and not key.startswith("alarm/")} - {"step"}
     main = [Panel(p.title, kept, p.note, p.kind, p.unit, p.log, p.unit_interval) for p in PANELS if (kept := tuple(s for s in p.series if s[0] in present))]
     drawn = {key for panel in main for key, _ in panel.series}
     rare = {key for key in present if key.startswith("eval/")}

@@ -19,7 +19,7 @@ import yaml
 
 from sophiavl_fast import __version__
 from sophiavl_fast.errors import UserError
-from sophiavl_fast.monitor import browser, groups, jsonl, panels
+from sophiavl_fast.monitor import alarms, browser, groups, jsonl, panels
 from sophiavl_fast.monitor.numbers import clock, compact
 
 PAGE = Path(__file__).with_name("page")
@@ -41,7 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
     main, more = panels.choose(metrics)
     page = _environment().get_template("report.html").render(
         nonce=secrets.token_urlsafe(16), version=__version__, name=run_dir.resolve().name, config_text=config_text,
-        status=_status(metrics, config), facts=_facts(metrics, config), tiles=_tiles(metrics), evaluation=_evaluation(metrics),
+        status=_status(metrics, config), facts=_facts(metrics, config), tiles=_tiles(metrics), alarms=alarms.spans(metrics), evaluation=_evaluation(metrics),
         gamma=groups.gamma_view(every, threshold), metrics=metrics, panels=[asdict(p) for p in main], more=[asdict(p) for p in more],
         extremes=panels.extremes(metrics), samples=browser.groups_of(samples, chosen, pictures, threshold), pictures=pictures.found,
         responses=sum(len(g.starts) for g in every), shown=sum(len(g.starts) for g in chosen),

@@ -35,7 +35,8 @@ class Follower:
 class NoLog:
     """The run's log on every rank but the first."""
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None: ...
+    def metrics(self, step: int, values: dict[str, Any]) -> list[str]:
+        return []
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None: ...
 

@@ -139,8 +139,10 @@ def finish(rooms: Rooms, log: RunLog | ranks.NoLog, run_dir: Path, step: int, me
     if config.eval.every and (step % config.eval.every == 0 or step == config.run.steps):
         metrics |= evaluate(rooms)
     log.samples(rows)
-    log.metrics(step, metrics)
+    alarms = log.metrics(step, metrics)
     progress.step(step, metrics)
+    for line in alarms:
+        progress.print(f"step {step}: {line}")
     if setup.checkpoint_due(config, step):
         loader = rooms.ahead.loader_state(step) if rooms.ahead else rooms.loader.state()
         with progress.phase("save"):

@@ -99,3 +99,21 @@ def test_centred_uniform_groups_feel_the_annealing():
     first, last = (trust.advantages(scores([1.0, 1.0], [0.2, 0.8]), [2], step, config)[0].advantage for step in (0, 10))
     torch.testing.assert_close(last, first * math.exp(-1))
     torch.testing.assert_close(first, torch.tensor([-0.09, 0.09]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rank_correlation_is_scipys(seed):
+    from scipy.stats import spearmanr
+
+    g = torch.Generator().manual_seed(seed)
+    outcome = torch.randint(0, 3, (40,), generator=g).float() / 2
+    thinking = (torch.rand(40, generator=g) * 10).round() / 10 + 0.2 * outcome
+    thinking[::7] = torch.nan
+    scores = Scores(outcome=outcome, format_ok=torch.ones(40, dtype=torch.bool), thinking=thinking)
+    found = trust.advantages(scores, [8] * 5, 0, Config())[1]["trust/rank_corr"]
+    known = ~thinking.isnan()
+    assert found == pytest.approx(spearmanr(thinking[known], outcome[known]).statistic)
+    scores.outcome = torch.ones(40)
+    assert math.isnan(trust.advantages(scores, [8] * 5, 0, Config())[1]["trust/rank_corr"])
+    scores.thinking = torch.full((40,), torch.nan)
+    assert math.isnan(trust.advantages(scores, [8] * 5, 0, Config())[1]["trust/rank_corr"])

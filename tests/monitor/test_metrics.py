@@ -1,6 +1,7 @@
 """The run's logs: what a resumed or killed run leaves behind is exactly the steps up to its checkpoint."""
 import json
 import math
+import time
 import os
 import signal
 import subprocess
@@ -124,6 +125,7 @@ def test_tensorboard_holds_the_same_numbers_and_forgets_purged_steps(tmp_path):
         log.close()
 
     run(None, range(6), 0.0)
+    time.sleep(1.1)  # event files are named, and read in order, by the second
     run(3, range(4, 6), 0.25)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()

@@ -255,6 +255,8 @@ class Checkpoint(Node):
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    background: bool = False
+    """Write while training goes on: a save then costs a copy to host memory (this rank's share of weights and optimizer), not the disk's time."""
 
 
 class Monitor(Node):

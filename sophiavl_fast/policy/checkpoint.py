@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,75 @@ def save(policy: Policy, run_dir: str | Path, step: int, state: dict[str, Any], 
 
     state holds JSON values only and comes back from `load`.
     """
+    draft, target = begin(policy, run_dir, step)
+    index = write(shares(policy), draft, dist.get_rank())
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, index, group=policy.layout.control)
+    if dist.get_rank() == 0:
+        tensors = {name: file for part in everyone for name, file in part.items()}
+        write_json(draft / "manifest.json", manifest(policy, step, state) | {"tensors": tensors})
+        publish(draft, target, keep)
+    policy.layout.wait("checkpoint")
+    return target
+
+
+def begin(policy: Policy, run_dir: str | Path, step: int) -> tuple[Path, Path]:
+    """An empty draft folder and the place it is for; every rank calls it."""
     target = Path(run_dir) / "checkpoints" / f"step_{step}"
     draft = target.with_name(f".{target.name}.writing")
-    first = dist.get_rank() == 0
-    if first:
+    if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     policy.layout.wait("checkpoint")
-    index = _write_parts(policy, draft)
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, index, group=policy.layout.control)
-    if first:
-        tensors = {name: file for part in everyone for name, file in part.items()}
-        manifest = {"step": step, "updates": policy.updates, "identity": _identity(policy), "tensors": tensors, "state": state}
-        _write_json(draft / "manifest.json", manifest)
-        _publish(draft, target)
-        _retain(target.parent, keep)
-    policy.layout.wait("checkpoint")
-    return target
+    return draft, target
+
+
+def manifest(policy: Policy, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """All of the manifest but its index of tensors."""
+    return {"step": step, "updates": policy.updates, "identity": _identity(policy), "state": state}
+
+
+def shares(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """This rank's tensors of a checkpoint, copied to the CPU; every rank must iterate, and they take turns, tensor by tensor."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        yield "rng/cpu", torch.get_rng_state()
+    for i, (name, tensor) in enumerate(_tensors(policy)):
+        if i % ranks == rank:
+            yield name, tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, rank: int) -> dict[str, str]:
+    """Write a rank's tensors in files of about PART_BYTES, flushed to disk; returns their names and files."""
+    index: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        file = f"part-{rank}-{len(set(index.values()))}.safetensors"
+        save_file(held, str(folder / file))
+        _sync(folder / file)
+        index.update(dict.fromkeys(held, file))
+        held.clear()
+
+    for name, tensor in tensors:
+        held[name] = tensor
+        if sum(t.nbytes for t in held.values()) >= PART_BYTES:
+            flush()
+    if held:
+        flush()
+    return index
+
+
+def publish(draft: Path, target: Path, keep: int) -> None:
+    """Give a complete draft its name, and drop all but the newest `keep` checkpoints."""
+    _publish(draft, target)
+    _retain(target.parent, keep)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write and flush to disk."""
+    path.write_text(json.dumps(value))
+    _sync(path)
 
 
 def newest(run_dir: str | Path) -> Path | None:
@@ -87,29 +138,6 @@ def load(policy: Policy, path: str | Path, *, optimizer: bool = True) -> dict[st
         torch.set_rng_state(read("rng/cpu"))
     policy.layout.wait("checkpoint")
     return manifest["state"]
-
-
-def _write_parts(policy: Policy, folder: Path) -> dict[str, str]:
-    """Write this rank's share of the tensors; returns their names and files. Ranks take turns, tensor by tensor."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    index: dict[str, str] = {}
-    held: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()} if rank == 0 else {}
-
-    def flush() -> None:
-        file = f"part-{rank}-{len(set(index.values()))}.safetensors"
-        save_file(held, str(folder / file))
-        _sync(folder / file)
-        index.update(dict.fromkeys(held, file))
-        held.clear()
-
-    for i, (name, tensor) in enumerate(_tensors(policy)):
-        if i % ranks == rank:
-            held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            if sum(t.nbytes for t in held.values()) >= PART_BYTES:
-                flush()
-    if held:
-        flush()
-    return index
 
 
 def _tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -207,11 +235,6 @@ def _retain(folder: Path, keep: int) -> None:
     for _, path in steps[:-keep] if keep > 0 else []:
         (path / "manifest.json").unlink()
         shutil.rmtree(path)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value))
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -29,7 +29,8 @@ from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import EngineError
 from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
-from sophiavl_fast.policy import Policy, checkpoint
+from sophiavl_fast.policy import Policy
+from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import ranks, samples, setup
 from sophiavl_fast.recipes.ahead import Ahead
 from sophiavl_fast.rewards import Rewards
@@ -50,6 +51,7 @@ class Rooms:
     rewards: Rewards | None
     progress: Progress
     held_out: list[types.Prompt]
+    saver: Saver
     ahead: Ahead | None = None
 
     def draw(self) -> list[types.Prompt]:
@@ -83,7 +85,7 @@ def train(config: Config) -> int:
         setup.write_config(run_dir, config)
         if (done or 0) < config.run.steps:
             with open_rooms(config, processor, loader, policy, progress) as rooms:
-                loop(rooms, log, run_dir, done)
+                loop(rooms, log, done)
         with progress.phase("export"):  # also after a kill between the last checkpoint and here
             policy.export(config.run.export or run_dir / "hf")
     if setup.is_first_rank():
@@ -97,18 +99,19 @@ def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Pol
     """The engine, the rewards and the held-out prompts; on peers of a lead what stands for them."""
     held_out = open_eval(config, processor) if config.eval.every else []
     with ExitStack() as stack:
+        saver = stack.enter_context(Saver(policy, config.run.dir, keep=config.checkpoint.keep, background=config.checkpoint.background))
         if not policy.is_lead:
-            yield Rooms(config, loader, policy, ranks.Follower(), None, progress, held_out)
+            yield Rooms(config, loader, policy, ranks.Follower(), None, progress, held_out, saver)
             return
         with progress.phase("engine"):
             rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
                                    decode=processor.decode, device=policy.device, run_dir=config.run.dir, replica=policy.replica, replicas=policy.replicas)
             stack.callback(rollout.close)
             rewards = stack.enter_context(Rewards(config, device=policy.device))
-        yield Rooms(config, loader, policy, rollout, rewards, progress, held_out)
+        yield Rooms(config, loader, policy, rollout, rewards, progress, held_out, saver)
 
 
-def loop(rooms: Rooms, log: RunLog | ranks.NoLog, run_dir: Path, done: int | None) -> None:
+def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
     """Every step from the checkpoint's (None: from the evaluation before the first) to run.steps."""
     config, progress = rooms.config, rooms.progress
     rooms.rollout.send(rooms.policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
@@ -118,7 +121,7 @@ def loop(rooms: Rooms, log: RunLog | ranks.NoLog, run_dir: Path, done: int | Non
         progress.step(0, first)
     with rollouts_ahead(rooms, first=(done or 0) + 1):
         for step in range((done or 0) + 1, config.run.steps + 1):
-            finish(rooms, log, run_dir, step, *one_step(rooms, step))
+            finish(rooms, log, step, *one_step(rooms, step))
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def rollouts_ahead(rooms: Rooms, first: int) -> Iterator[None]:
             rooms.ahead.close()
 
 
-def finish(rooms: Rooms, log: RunLog | ranks.NoLog, run_dir: Path, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
+def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
     """What follows a step where it is due: evaluation, the log, a checkpoint."""
     config, progress = rooms.config, rooms.progress
     if config.eval.every and (step % config.eval.every == 0 or step == config.run.steps):
@@ -146,8 +149,7 @@ def finish(rooms: Rooms, log: RunLog | ranks.NoLog, run_dir: Path, step: int, me
     if setup.checkpoint_due(config, step):
         loader = rooms.ahead.loader_state(step) if rooms.ahead else rooms.loader.state()
         with progress.phase("save"):
-            checkpoint.save(rooms.policy, run_dir, step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))),
-                            keep=config.checkpoint.keep)
+            rooms.saver.save(step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))))
 
 
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:

@@ -14,7 +14,8 @@ from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.monitor import Progress, memory, write_report
-from sophiavl_fast.policy import Policy, checkpoint
+from sophiavl_fast.policy import Policy
+from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import ranks, setup
 from sophiavl_fast.types import Group, Prompt, Response
 
@@ -36,13 +37,14 @@ def train(config: Config) -> int:
         log = ranks.open_log(run_dir, config, done)
         stack.callback(log.close)
         setup.write_config(run_dir, config)
+        saver = stack.enter_context(Saver(policy, run_dir, keep=config.checkpoint.keep, background=config.checkpoint.background))
         for step in range((done or 0) + 1, config.run.steps + 1):
             metrics = one_step(config, loader, processor, policy, progress)
             log.metrics(step, metrics)
             progress.step(step, metrics)
             if setup.checkpoint_due(config, step):
                 with progress.phase("save"):
-                    checkpoint.save(policy, run_dir, step, setup.state(config, step, loader.state()), keep=config.checkpoint.keep)
+                    saver.save(step, setup.state(config, step, loader.state()))
         with progress.phase("export"):
             policy.export(config.run.export or run_dir / "hf")
     if setup.is_first_rank():

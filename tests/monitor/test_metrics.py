@@ -1,11 +1,11 @@
 """The run's logs: what a resumed or killed run leaves behind is exactly the steps up to its checkpoint."""
 import json
 import math
-import time
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest

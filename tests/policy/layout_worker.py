@@ -19,7 +19,8 @@ import zoo
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import save_file
 
-from sophiavl_fast.policy import Policy, checkpoint
+from sophiavl_fast.policy import Policy
+from sophiavl_fast.policy.saver import Saver
 
 BANNED, TEMPERATURE = [1, 130], 0.9
 # reductions that a test takes out, to see that the comparison would notice: what is replaced, and by what
@@ -70,10 +71,12 @@ def _do(folder: Path, out: Path, sections: dict[str, Any]) -> None:
     one_row = torch.cat(policy.logprobs(pack()))
     result = policy.update(batches, loss, entropy=True, active=lambda batch: torch.arange(len(batch.target)))
     gradients = {n: g.clone().contiguous() for n, g in policy.gradients()}
-    checkpoint.save(policy, out, 1, {"from": sections.get("parallel", {})}, keep=1)
+    saver = Saver(policy, out, keep=1, background=policy.layout.sequence)  # a later update must not reach what is being written
+    saver.save(1, {"from": sections.get("parallel", {})})
     assert torch.equal(torch.cat(policy.logprobs(batches, reference=True)), logprobs)
     policy.update(batches, loss, entropy=True)
     policy.export(out / "after")
+    saver.wait()
     if policy.is_lead:
         save_file({"logprobs": logprobs, "one_row": one_row}, str(out / f"replica-{policy.replica}.safetensors"))
     if dist.get_rank() == 0:

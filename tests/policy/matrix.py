@@ -45,8 +45,8 @@ class Job:
 
 FULL = [
     *(Job(kind, layout) for kind in zoo.FAMILIES for layout in LAYOUTS if layout != "TP1"),
-    *(Job(kind, layout, tied=True) for kind in zoo.FAMILIES for layout in ("TP2+SP", "PP2", "PP2 uneven")),
-    *(Job(kind, layout, share=False) for kind in zoo.FAMILIES for layout in ("TP2+SP", "PP2", "DP2")),
+    *(Job(kind, layout, tied=True) for kind in zoo.FAMILIES for layout in ("TP2+SP", "PP2", "PP2 uneven", "CP2")),
+    *(Job(kind, layout, share=False) for kind in zoo.FAMILIES for layout in ("TP2+SP", "PP2", "DP2", "CP2")),
     *(Job(kind, "TP2xPP2+SP", tied=True) for kind in zoo.FAMILIES),
     *(Job(kind, layout) for kind in ("internvl2_5", "internvl3_5") for layout in ("TP2+SP", "PP2")),
 ]

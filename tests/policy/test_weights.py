@@ -1,6 +1,7 @@
 """Export, checkpoints, optimizer and schedule, against safetensors, transformers and torch."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 from sophiavl_fast.config import Optim
 from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.policy import checkpoint
+from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.policy.optimizer import learning_rate
 
 
@@ -141,15 +143,17 @@ def test_non_finite_gradient_stops_loudly_and_touches_nothing(folder, create):
     assert same(before, snapshot(policy))
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["in turn", "in the background"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtype):
+def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtype, background):
     optim = {"lr": 1e-2, "schedule": "cosine"}
     policy = create(folder, model={"dtype": dtype}, optim=optim, reference=True)
     batches = policy.pack(tiny.groups(), None)
     for _ in range(2):
         policy.update(batches, nll)
-    checkpoint.save(policy, tmp_path, 2, {"cursor": 17}, keep=2)
-    results = [policy.update(batches, nll) for _ in range(2)]
+    with Saver(policy, tmp_path, keep=2, background=background) as saver:
+        saver.save(2, {"cursor": 17})
+        results = [policy.update(batches, nll) for _ in range(2)]
     weights, (reference,) = snapshot(policy), policy.logprobs(batches, reference=True)
 
     policy = create(folder, model={"dtype": dtype}, optim=optim, reference=True)
@@ -159,6 +163,22 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtyp
         assert (found.grad_norm, found.lr, found.stats.item()) == (expected.grad_norm, expected.lr, expected.stats.item())
     assert same(weights, snapshot(policy))
     assert torch.equal(policy.logprobs(batches, reference=True)[0], reference)
+
+
+def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, tmp_path):
+    """The disk takes no file of more than 1,000 bytes: a limit of this process, as a full disk would be."""
+    policy, limits = create(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(EngineError, match=r"checkpoint '.*step_2' could not be written \(.*\); the one before it stands"):
+        with Saver(policy, tmp_path, keep=2, background=True) as saver:
+            saver.save(1, {})
+            saver.wait()
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+                saver.save(2, {})
+                saver.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.newest(tmp_path).name == "step_1"
 
 
 def test_retention_and_half_written_checkpoints(folder, create, tmp_path):
@@ -211,11 +231,14 @@ SAVER = """
 import sys; sys.path.insert(0, sys.argv[1])
 import tiny
 from pathlib import Path
-from sophiavl_fast.policy import Policy, checkpoint
+from sophiavl_fast.policy import Policy
+from sophiavl_fast.policy.saver import Saver
 policy = Policy.create(tiny.config(Path(sys.argv[2])), reference=False, total_steps=1)
+saver = Saver(policy, sys.argv[3], keep=1, background=sys.argv[4] == "1")
 for step in range(1, 10_000):
-    checkpoint.save(policy, sys.argv[3], step, {"step": step}, keep=1)
-    print(step, flush=True)
+    saver.save(step, {"step": step})
+    if step > 1 or sys.argv[4] == "0":
+        print(step - int(sys.argv[4]), flush=True)  # in the background, the one before is there
 """
 
 
@@ -223,7 +246,7 @@ for step in range(1, 10_000):
 def test_kill_while_saving_leaves_a_loadable_checkpoint(folder, create, tmp_path):
     for attempt in range(4):
         run = tmp_path / str(attempt)
-        child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SAVER, str(Path(__file__).parent), str(folder), str(run)],
+        child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SAVER, str(Path(__file__).parent), str(folder), str(run), str(attempt % 2)],
                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         reported = int(child.stdout.readline())
         time.sleep(0.05 + 0.013 * attempt)

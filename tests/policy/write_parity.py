@@ -37,10 +37,10 @@ The export of the untouched weights is bitwise the source folder in all {jobs} j
 {matrix}
 
 "tied": the head shares the embedding. "plain": `policy.share_prompt: false`; all other rows compute a group's prompt once. "PP2 uneven" is
-`parallel.stages: [3, 1]`. Context parallel is not there.
+`parallel.stages: [3, 1]`, "CP" is `parallel.context`.
 
 Worst of all: log-probs {logprob:.1e}, gradients {gradient:.1e}, updates {update:.1e}. A reduction taken out on purpose (row-parallel sum, head gradient,
-norms under sequence parallel, DeepStack features, replicas) is seen by the same comparison: `test_a_missing_reduction_shows`.
+norms under sequence parallel, DeepStack features, keys over the context group, replicas) is seen by the same comparison: `test_a_missing_reduction_shows`.
 
 ## Rollout engine
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,8 @@ class Progress:
     """Shows a run of `steps` steps (None: run.steps; 0: work without steps). Silent on every process but torchrun's first."""
 
     def __init__(self, config: Config, title: str, *, steps: int | None = None, console: Console | None = None):
+        self.watch: Callable[[str, int], AbstractContextManager[Any]] = lambda phase, step: nullcontext()
+        """Entered around each phase of a step."""
         self.seconds: dict[str, float] = {}
         """Seconds by phase since the last `step`; a phase entered twice adds up."""
         self._title = f"{title}  {config.run.dir}"
@@ -80,11 +82,16 @@ class Progress:
         began = time.monotonic()
         self._phases.append((name, began))
         try:
-            yield timer
+            with self.watch(name, self._done + 1):
+                yield timer
         finally:
             self._phases.pop()
             timer.seconds = time.monotonic() - began
             self.seconds[name] = self.seconds.get(name, 0.0) + timer.seconds
+
+    def resume(self, step: int) -> None:
+        """An earlier process has done the steps up to this one."""
+        self._done = step
 
     @contextmanager
     def bar(self, description: str, total: int | None = None) -> Iterator[Bar]:

@@ -17,6 +17,7 @@ from sophiavl_fast.monitor import Progress, memory, write_report
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import ranks, setup
+from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.types import Group, Prompt, Response
 
 
@@ -26,6 +27,7 @@ def train(config: Config) -> int:
     found = setup.resume_point(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "SFT"))
+        progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase
         with progress.phase("data"):
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
@@ -34,6 +36,7 @@ def train(config: Config) -> int:
             policy = Policy.create(config, reference=False, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
+            progress.resume(done or 0)
         log = ranks.open_log(run_dir, config, done)
         stack.callback(log.close)
         setup.write_config(run_dir, config)

@@ -1,0 +1,62 @@
+"""When one rank of a job falls: one line that names it and its phase, and nobody is left."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.recipes.conftest import ROOT
+
+WORKER = Path(__file__).with_name("muster_worker.py")
+
+
+def start(folder: Path, deed: str, doer: int, deadline: float = 600.0) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(folder), str(deadline),
+                             deed, str(doer)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def ranks(folder: Path) -> list[psutil.Process]:
+    """Both processes, once they are at their places."""
+    until = time.monotonic() + 120
+    while len(found := [f for f in sorted(folder.glob("pid-*")) if f.read_text()]) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return [psutil.Process(int(f.read_text())) for f in found]
+
+
+def end_of(job: subprocess.Popen) -> list[str]:
+    """Our own lines of a job that fails."""
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode, output
+    return [line for line in output.splitlines() if line.startswith("sophiavl-fast:")]
+
+
+@pytest.mark.parametrize("deed, doer, line", [
+    ("kill", 0, "ended without a word (killed?), last seen in update of step 3;"),
+    ("kill", 1, "ended without a word (killed?), last seen in update of step 3;"),
+    ("raise", 1, "failed in update of step 3: EngineError: the wheel came off;"),
+    pytest.param("stop", 0, "is silent, last seen in update of step 3;", marks=pytest.mark.kill)])
+def test_one_line_names_the_rank_and_its_phase(tmp_path, deed, doer, line):
+    job = start(tmp_path, deed, doer, deadline=10.0 if deed == "stop" else 600.0)
+    try:
+        processes = ranks(tmp_path)
+    except psutil.NoSuchProcess:
+        processes = []                     # has fallen already
+    lines = end_of(job)
+    assert len(lines) == 1 and f"rank {doer} (pid " in lines[0] and line in lines[0], lines
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+def test_without_their_launcher_they_end(tmp_path):
+    job = start(tmp_path, "nothing", 1)
+    processes = ranks(tmp_path)
+    job.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
+    job.communicate(timeout=60)

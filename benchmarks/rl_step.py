@@ -55,7 +55,8 @@ def ours(a: argparse.Namespace, model: Path, banned: list[int]) -> dict[str, Any
     rollout._stop_ids = []  # end-of-text is an ordinary token here: all responses are equally long
     rollout.send(policy, version=0)
     with Rewards(config, device=policy.device) as rewards, rl.Progress(config, "bench", steps=0) as progress:
-        rooms = rl.Rooms(config, _Loader(prompts), policy, rollout, rewards, progress, [], Saver(policy, a.work, keep=1, background=False))
+        saver = Saver(policy, a.work, keep=1, background=False)
+        rooms = rl.Rooms(config, _Loader(prompts), policy, rl.ranks.Lead(rollout, policy), rewards, progress, [], saver)
         found = [rl.one_step(rooms, step)[0] for step in range(1, a.steps + 1)][2:]
     rollout.close()
     policy.close()

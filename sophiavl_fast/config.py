@@ -72,7 +72,13 @@ class Rollout(Node):
     engine: Literal["server", "inline"] = "server"
     """server: vLLM in its own process group; inline: inside a single-process trainer."""
     urls: list[str] = []
-    """Servers already running; empty: the trainer spawns one."""
+    """Servers already running, shared out over the replicas; empty: the trainer spawns `engines` of them."""
+    engines: int = 1
+    """Servers that each data-parallel replica spawns; requests go to the one with the fewest unanswered."""
+    gpus: list[int] = []
+    """GPUs of the spawned servers, `tensor_parallel` each, in order; empty: the trainer's own."""
+    max_restarts: int = 3
+    """Times that a spawned server is started again after it ended or went silent; what was asked of it is asked again. 0: the run ends."""
     n: int = 8
     """Responses a prompt."""
     prompts_per_step: int = 8
@@ -344,7 +350,8 @@ def check(config: Config, world_size: int = 1) -> None:
     """Everything that can be refused before a model loads. Raises UserError."""
     c, p = config, config.parallel
     for key in ("run.steps", "rollout.n", "rollout.prompts_per_step", "rollout.max_new_tokens", "parallel.tensor", "parallel.pipeline",
-                "parallel.context", "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers"):
+                "parallel.context", "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers",
+                "rollout.engines"):
         if _get(c, key) < 1:
             raise UserError(f"{key} = {_get(c, key)}: must be at least 1")
     for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
@@ -390,8 +397,11 @@ def _check_rl(c: Config, replicas: int, world_size: int) -> None:
             raise UserError("rollout.urls is set, but rollout.engine is inline; use rollout.engine=server")
         if c.rollout.transfer not in ("auto", "inproc"):
             raise UserError(f"rollout.transfer = {c.rollout.transfer} needs rollout.engine: server; inline uses inproc")
+        if c.rollout.engines > 1 or c.rollout.gpus:
+            raise UserError("rollout.engines and rollout.gpus are for spawned servers; use rollout.engine=server")
     elif c.rollout.transfer == "inproc":
         raise UserError("rollout.transfer = inproc needs rollout.engine: inline")
+    _check_engines(c.rollout, replicas)
     if c.rollout.staleness < 0:
         raise UserError(f"rollout.staleness = {c.rollout.staleness}: must be at least 0")
     if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
@@ -419,6 +429,19 @@ def _check_rl(c: Config, replicas: int, world_size: int) -> None:
         raise UserError(f"trust.mode: variance needs thinking.samples > 1 (it is {c.thinking.samples})")
     if c.eval.every and not c.data.eval:
         raise UserError("eval.every is set, but data.eval names no dataset")
+
+
+def _check_engines(r: Rollout, replicas: int) -> None:
+    if r.max_restarts < 0:
+        raise UserError(f"rollout.max_restarts = {r.max_restarts}: must be at least 0")
+    if r.urls and (r.engines > 1 or r.gpus):
+        raise UserError("rollout.urls names servers that run already: rollout.engines and rollout.gpus have nothing to act on")
+    needed = r.engines * r.tensor_parallel * replicas
+    if r.gpus and (len(r.gpus) != needed or len(set(r.gpus)) < needed):
+        raise UserError(f"rollout.gpus = {r.gpus}: {r.engines} engines x rollout.tensor_parallel {r.tensor_parallel} x {replicas} replicas "
+                        f"need {needed} different GPUs")
+    if r.gpus and r.transfer == "ipc":
+        raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
 
 
 def dump(config: Config) -> str:

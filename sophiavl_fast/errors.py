@@ -13,6 +13,10 @@ class EngineError(RuntimeError):
     """An engine or process that failed or did not answer by its deadline; the message names it and the phase."""
 
 
+class EngineLost(EngineError):
+    """A process that has ended or is silent, where another in its place may do: a rollout server can be started again."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'rollout'?``, or the list of valid names where none is close."""
     names = sorted(valid)

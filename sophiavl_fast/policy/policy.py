@@ -143,9 +143,16 @@ class Policy:
         self.updates += 1
         return UpdateResult(stats=self._combine([f["stats"] for f in found]), grad_norm=norm, lr=rate)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(published name, full tensor), in a fixed order; every rank must iterate. Tensors may be views of the live weights."""
-        return mapping.full_tensors(self.model, self.family, self.heads, self.layout)
+    def weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(published name, full tensor), in a fixed order; every rank must iterate. Tensors may be views of the live weights.
+
+        trained_only: without those of `frozen`."""
+        return mapping.full_tensors(self.model, self.family, self.heads, self.layout, select=lambda p: p.requires_grad or not trained_only)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Published names that training never changes, on the ranks of the first stage: the vision tower's with model.freeze_vision."""
+        return frozenset(name for _, rule, p in mapping.parameters(self.model, self.family) if not p.requires_grad for name in rule.names)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(published name, full fp32 gradient) that the last update stepped on, after clipping; trained parameters only."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.types import Group, Prompt
 
+TEND_S = 0.5
 Generate = Callable[[list[Prompt], int], list[Group]]
 
 
@@ -31,9 +32,13 @@ class Ahead:
         self._running: dict[int, Future[tuple[list[Group], float]]] = {}
         self._states: dict[int, dict[str, Any]] = {}
 
-    def take(self, step: int) -> tuple[list[Group], float]:
-        """The groups of `step` and the seconds that the engines took for them; asks for the steps up to `step + depth`."""
+    def take(self, step: int, tend: Callable[[], None]) -> tuple[list[Group], float]:
+        """The groups of `step` and the seconds that the engines took for them; asks for the steps up to `step + depth`.
+
+        tend: called now and then while they are not there, in this thread, which may read the policy's weights."""
         self._ask(step)
+        while not wait([self._running[step]], timeout=TEND_S).done:
+            tend()
         found = self._running.pop(step).result()
         self._ask(step + self._depth)
         return found

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,55 @@ import torch
 
 from sophiavl_fast.config import Config
 from sophiavl_fast.monitor import RunLog
-from sophiavl_fast.types import Group, Scores, WeightSource
+from sophiavl_fast.policy import Policy
+from sophiavl_fast.rollout import RolloutEngine
+from sophiavl_fast.types import Group, Prompt, Scores, WeightSource
+
+
+class Lead:
+    """A lead's rollout: its peers are told whenever it goes through the policy's weights, which they gather with it.
+
+    After each use of the engines both sides call `end_round`; until then the peers stand by, since an engine that was
+    started anew may want the weights at any time.
+    """
+
+    def __init__(self, rollout: RolloutEngine, policy: Policy) -> None:
+        self._rollout, self._policy = rollout, policy
+
+    @property
+    def version(self) -> int:
+        return self._rollout.version
+
+    def generate(self, prompts: list[Prompt], **settings: Any) -> list[Group]:
+        return self._rollout.generate(prompts, **settings)
+
+    def send(self, source: WeightSource, version: int) -> dict[str, float]:
+        times = self._rollout.send(_Announced(self._policy), version)
+        self.end_round()
+        return times
+
+    def tend(self) -> None:
+        self._rollout.tend()
+
+    def counters(self) -> dict[str, float]:
+        return self._rollout.counters()
+
+    def end_round(self) -> None:
+        self._policy.layout.share("end")
+
+    def close(self) -> None:
+        self._rollout.close()
+
+
+class _Announced:
+    """The policy's weights; each pass over them begins with a word to the peers."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy, self.frozen = policy, policy.frozen
+
+    def weights(self, *, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        self._policy.layout.share("trained" if trained_only else "all")
+        yield from self._policy.weights(trained_only=trained_only)
 
 
 class Follower:
@@ -19,14 +67,28 @@ class Follower:
 
     version = 0
 
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
     def generate(self, *_: Any, **__: Any) -> list[Group]:
         return []
 
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
-        for _ in source.weights():
-            pass
+        self.end_round()
         self.version = version
         return {}
+
+    def tend(self) -> None:
+        pass
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def end_round(self) -> None:
+        """Gather with the lead until it says that its round is over."""
+        while (which := self._policy.layout.share(None)) != "end":
+            for _ in self._policy.weights(trained_only=which == "trained"):
+                pass
 
     def close(self) -> None:
         pass
@@ -46,6 +108,12 @@ class NoLog:
 def open_log(run_dir: Path, config: Config, resume_step: int | None) -> RunLog | NoLog:
     """The run's log: one rank writes it."""
     return RunLog(run_dir, config, resume_step=resume_step) if os.environ.get("RANK", "0") == "0" else NoLog()
+
+
+def engine_metrics(sent: dict[str, float], counters: list[dict[str, float]]) -> dict[str, float]:
+    """The last transfer's seconds by phase and bytes; over all replicas: restarts of engines, requests redone, engines left."""
+    phases = {(f"time/transfer_{k}" if k.endswith("_s") else f"transfer/{k}"): v for k, v in sent.items()}
+    return phases | {f"rollout/{k}": sum(c[k] for c in counters) for k in counters[0]}
 
 
 @dataclass(slots=True)

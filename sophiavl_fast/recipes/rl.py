@@ -33,8 +33,9 @@ from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import ranks, samples, setup
 from sophiavl_fast.recipes.ahead import Ahead
+from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.rewards import Rewards
-from sophiavl_fast.rollout import RolloutEngine, open_rollout
+from sophiavl_fast.rollout import open_rollout
 from sophiavl_fast.types import derive_seed
 
 PROBE_TOKENS = 8
@@ -47,7 +48,7 @@ class Rooms:
     config: Config
     loader: Loader
     policy: Policy
-    rollout: RolloutEngine
+    rollout: ranks.Lead | ranks.Follower
     rewards: Rewards | None
     progress: Progress
     held_out: list[types.Prompt]
@@ -71,6 +72,7 @@ def train(config: Config) -> int:
     found = setup.resume_point(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"))
+        progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase
         with progress.phase("data"):
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor)
@@ -80,6 +82,7 @@ def train(config: Config) -> int:
                                    reference=config.algorithm.kl_coef > 0, total_steps=setup.updates(config))
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
+            progress.resume(done or 0)
         log = ranks.open_log(run_dir, config, done)
         stack.callback(log.close)
         setup.write_config(run_dir, config)
@@ -101,20 +104,21 @@ def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Pol
     with ExitStack() as stack:
         saver = stack.enter_context(Saver(policy, config.run.dir, keep=config.checkpoint.keep, background=config.checkpoint.background))
         if not policy.is_lead:
-            yield Rooms(config, loader, policy, ranks.Follower(), None, progress, held_out, saver)
+            yield Rooms(config, loader, policy, ranks.Follower(policy), None, progress, held_out, saver)
             return
         with progress.phase("engine"):
             rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
                                    decode=processor.decode, device=policy.device, run_dir=config.run.dir, replica=policy.replica, replicas=policy.replicas)
             stack.callback(rollout.close)
             rewards = stack.enter_context(Rewards(config, device=policy.device))
-        yield Rooms(config, loader, policy, rollout, rewards, progress, held_out, saver)
+        yield Rooms(config, loader, policy, ranks.Lead(rollout, policy), rewards, progress, held_out, saver)
 
 
 def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
     """Every step from the checkpoint's (None: from the evaluation before the first) to run.steps."""
     config, progress = rooms.config, rooms.progress
-    rooms.rollout.send(rooms.policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
+    with progress.phase("transfer"):
+        rooms.rollout.send(rooms.policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
     if done is None and config.eval.every:
         first = evaluate(rooms)
         log.metrics(0, first)
@@ -161,10 +165,11 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     advantage: torch.Tensor | None = None
     with phase("rollout") as rollout:
         if rooms.ahead:
-            groups, busy = rooms.ahead.take(step)
+            groups, busy = rooms.ahead.take(step, rooms.rollout.tend)
             metrics |= ahead_metrics(groups, step, busy)
         elif rooms.rewards:
             groups = rooms.generate(rooms.draw(), step, rooms.rewards.start)
+        rooms.rollout.end_round()
     with phase("reward") as reward:
         if rooms.rewards:
             scores = rooms.rewards.score(groups)
@@ -184,10 +189,11 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     if not rooms.rewards:
         return {}, []
     rows = samples.rows(groups, scores, weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
-    rows = [row for part in policy.gather_replicas(rows) for row in part]
+    parts = policy.gather_replicas((rows, rooms.rollout.counters()))
+    rows = [row for part, _ in parts for row in part]
     lengths = samples.length_metrics(rows)
     memory.release()
-    metrics |= lengths | {f"transfer/{k}": v for k, v in sent.items()} | memory.metrics() | {
+    metrics |= lengths | ranks.engine_metrics(sent, [found for _, found in parts]) | memory.metrics() | {
         "reward/grader_killed": everyone.scores.killed, "data/skipped": everyone.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / rollout.seconds, "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,
         "time/rollout_s": rollout.seconds, "time/reward_s": reward.seconds, "time/update_s": updating.seconds,
@@ -232,6 +238,7 @@ def probe(rooms: Rooms, groups: list[types.Group], step: int) -> float:
     if rooms.rewards:
         groups = rooms.rollout.generate([g.prompt for g in groups], n=1, step=0, seed=derive_seed(config.run.seed, "probe", step),
                                         temperature=config.rollout.temperature, max_new_tokens=PROBE_TOKENS)
+    rooms.rollout.end_round()
     batches = policy.pack(groups, None)
     worst = torch.tensor(max((a - b.rollout_logprob).abs().max().item() for a, b in zip(policy.logprobs(batches), batches, strict=True)))
     found = float(policy.layout.max_over_replicas(worst))
@@ -262,9 +269,11 @@ def evaluate(rooms: Rooms) -> dict[str, float]:
     config, policy = rooms.config, rooms.policy
     with rooms.progress.phase("evaluate"):
         if not rooms.rewards:
+            rooms.rollout.end_round()
             return {}
         groups = rooms.rollout.generate(rooms.held_out[policy.replica::policy.replicas], n=1, step=0, seed=config.run.seed,
                                         temperature=config.eval.temperature,
                                         max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens)
+        rooms.rollout.end_round()
         judged = policy.gather_replicas(accuracy.judge(groups, config.rewards))
         return accuracy.metrics(j for part in judged for j in part)

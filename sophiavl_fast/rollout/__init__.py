@@ -51,7 +51,7 @@ def _open_engine(config: Config, *, stop_ids: list[int], banned_ids: list[int], 
     if config.rollout.urls and not urls:
         raise UserError(f"rollout.urls names {len(config.rollout.urls)} servers for {replicas} data-parallel replicas; each replica needs its own")
     return ServerRollout(config, urls=urls, stop_ids=stop_ids, banned_ids=banned_ids, decode=decode, device=kind, nonce=nonce,
-                         run_dir=run_dir, on_wait=on_wait)
+                         run_dir=run_dir, on_wait=on_wait, replica=replica)
 
 
 def _check_ids(stop_ids: list[int], banned_ids: list[int], vocab_size: int) -> None:

@@ -5,19 +5,22 @@ import asyncio
 import base64
 import io
 import os
+import secrets
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from sophiavl_fast.config import Config
-from sophiavl_fast.errors import EngineError, UserError
+from sophiavl_fast.config import Config, Rollout
+from sophiavl_fast.errors import EngineError, EngineLost, UserError
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.engine import Collected, Decode, OnGroup, OnProgress, Sample, Sampling, check_fits, check_prompt_ids
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
+from sophiavl_fast.rollout.pool import Engine, Pool
 from sophiavl_fast.rollout.server import Server, authorization
 from sophiavl_fast.rollout.transfer import Transfer
 from sophiavl_fast.rollout.transfer.control import Channel
@@ -29,19 +32,30 @@ RETRIES = 2
 
 
 class ServerRollout:
-    """RolloutEngine over HTTP: a server spawned here, or those of `rollout.urls` (token in SOPHIAVL_ROLLOUT_TOKEN)."""
+    """RolloutEngine over HTTP: servers spawned here, or those of `rollout.urls` (token in SOPHIAVL_ROLLOUT_TOKEN)."""
 
     def __init__(self, config: Config, *, urls: list[str], stop_ids: list[int], banned_ids: list[int], decode: Decode, device: str,
-                 nonce: str, run_dir: str | Path, on_wait: Callable[[float], None] | None) -> None:
+                 nonce: str, run_dir: str | Path, on_wait: Callable[[float], None] | None, replica: int = 0) -> None:
         self.version = 0
         self._config, self._nonce, self._stop_ids, self._decode = config.rollout, nonce, stop_ids, decode
         self._limit = max_model_len(config)
-        backend = transfer_backend(config.rollout.transfer, device, found=bool(urls))
-        self._server = None if urls else Server(config, device=device, backend=backend, run_dir=run_dir)
-        self._trusted = not urls
-        self._transfer: Any = None   # a Transfer once connected
+        self._sender = threading.get_ident()
+        c, first = config.rollout, replica * config.rollout.engines
+        backend = transfer_backend(c, device, found=bool(urls))
+        self._token = os.environ.get(TOKEN_VARIABLE, "") if urls else secrets.token_urlsafe(32)
+        if not self._token:
+            raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
+
+        def start(index: int) -> Server:
+            name = f"rollout{f'-{first + index}' if first + index else ''}"
+            return Server(config, device=device, backend=backend, run_dir=run_dir, token=self._token, name=name, index=first + index)
+
+        self._transfer = Transfer(nonce=nonce, checksums=c.checksum, in_flight=c.staleness > 0)
+        self._pool = Pool(c.engines, urls, start=start, control=lambda e: HttpControl(e.url, self._token, c.transfer_timeout_s, e.server),
+                          channel=lambda control: open_channel(backend, control, c.transfer_timeout_s), nonce=nonce, banned_ids=banned_ids,
+                          max_restarts=c.max_restarts, start_timeout_s=c.start_timeout_s)
         try:
-            self._connect(urls, banned_ids, backend, on_wait)
+            self._pool.open(on_wait)
         except BaseException:
             self.close()
             raise
@@ -49,8 +63,8 @@ class ServerRollout:
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,
                  on_group: OnGroup | None = None, on_progress: OnProgress | None = None) -> list[Group]:
         self._transfer.refuse_broken()
-        if not self._trusted:
-            raise EngineError(f"{self._controls[0].name} was found running: it samples nothing before this run has sent its weights")
+        self._pool.check("the time before generate")
+        self._pool.pick()    # raises where nothing will answer
         check_fits(prompts, max_new_tokens, self._limit)
         sampling = Sampling(n, step, seed, temperature, max_new_tokens)
         collected = Collected(prompts, sampling, self._decode, on_group, on_progress)
@@ -58,53 +72,32 @@ class ServerRollout:
         return collected.groups()
 
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
-        if self._server:
-            self._server.refuse_dead("weight transfer")
-        times = self._transfer.send(source, version)
-        self.version, self._trusted = version, True
+        self._sender = threading.get_ident()
+        times = self._pool.send(self._transfer, source, version)
+        self.version = version
         return times
 
-    def close(self) -> None:
-        if self._transfer:
-            self._transfer.close()
-        for control in getattr(self, "_controls", ()):
-            control.close()
-        if self._server:
-            self._server.close()
+    def tend(self) -> None:
+        self._pool.check("the time between requests")
+        self._pool.tend(self._transfer)
 
-    def _connect(self, urls: list[str], banned_ids: list[int], backend: str, on_wait: Callable[[float], None] | None) -> None:
-        token = self._server.token if self._server else os.environ.get(TOKEN_VARIABLE, "")
-        if not token:
-            raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
-        if self._server:
-            self._server.wait_ready(self._config.start_timeout_s, on_wait)
-        self._token = token
-        self._urls = [self._server.url] if self._server else urls
-        self._controls = [HttpControl(url, token, self._config.transfer_timeout_s, self._server) for url in self._urls]
-        for control in self._controls:
-            control.rpc("sophia_claim", self._nonce, banned_ids)
-            if self._server:
-                control.label(f"{self._nonce}:0")
-        channel = open_channel(backend, self._controls, own_address(self._urls[0]), self._config.transfer_timeout_s)
-        self._transfer = Transfer(self._controls, channel, nonce=self._nonce, checksums=self._config.checksum,
-                                  in_flight=self._config.staleness > 0)
+    def counters(self) -> dict[str, float]:
+        return self._pool.counters()
+
+    def close(self) -> None:
+        self._transfer.close()
+        self._pool.close()
 
     async def _generate(self, prompts: list[Prompt], sampling: Sampling, collected: Collected) -> None:
-        """All prompts at once, as many in flight as the engines hold, each to the least loaded server."""
-        load = dict.fromkeys(self._urls, 0)
-        slots = asyncio.Semaphore(len(load) * (self._config.max_num_seqs // sampling.n + 4))
+        """All prompts at once, as many in flight as the engines hold, each to the engine with the fewest unanswered."""
+        slots = asyncio.Semaphore(len(self._pool.engines) * (self._config.max_num_seqs // sampling.n + 4))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx.AsyncClient(headers=authorization(self._token), timeout=self._config.request_timeout_s, limits=limits,
                                      trust_env=False) as client:
 
             async def one(number: int) -> None:
                 async with slots:
-                    url = min(load, key=load.__getitem__)
-                    load[url] += 1
-                    try:
-                        collected.add(number, await self._ask(client, url, prompts[number], sampling))
-                    finally:
-                        load[url] -= 1
+                    collected.add(number, await self._ask(client, prompts[number], sampling))
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -116,35 +109,59 @@ class ServerRollout:
                 raise failures.exceptions[0] from None
 
     async def _watch(self) -> None:
-        """A dead server fails the call at once, not at the request's deadline."""
-        while self._server:
-            self._server.refuse_dead("generate")
+        """A dead engine is left out at once, not at the request's deadline, and one started anew gets its weights.
+
+        Reading weights is for the thread that sends them; rollouts that run ahead leave it to that one (`tend`).
+        """
+        while True:
+            self._pool.check("generate")
+            if threading.get_ident() == self._sender:
+                self._pool.tend(self._transfer)
             await asyncio.sleep(WATCH_S)
 
-    async def _ask(self, client: httpx.AsyncClient, url: str, prompt: Prompt, sampling: Sampling) -> list[Sample]:
+    async def _ask(self, client: httpx.AsyncClient, prompt: Prompt, sampling: Sampling) -> list[Sample]:
+        """A prompt's samples, from whichever engine lives to answer: seeds make every one of them answer alike."""
+        while True:
+            while (engine := self._pool.pick()) is None:
+                await asyncio.sleep(WATCH_S)
+            life = engine.life
+            engine.load += 1
+            try:
+                return await self._ask_engine(client, engine, prompt, sampling)
+            except EngineLost as why:
+                self._pool.lose(engine, life, why)
+                self._pool.redone += 1
+            finally:
+                if engine.life == life:
+                    engine.load -= 1
+
+    async def _ask_engine(self, client: httpx.AsyncClient, engine: Engine, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         body = {"model": "policy", "token_ids": prompt.token_ids, "return_token_ids": True,
                 "sampling_params": sampling.arguments(prompt, self._stop_ids)}
         if prompt.images:
             body["content_parts"] = [{"type": "image_url", "url": data_url(image)} for image in prompt.images]
-        answer = await self._post(client, url, prompt, body)
+        answer = await self._post(client, engine, prompt, body)
         check_prompt_ids(prompt, answer["prompt_token_ids"])
-        return [self._sample(choice, url) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
+        return [self._sample(choice, engine.url) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
 
-    async def _post(self, client: httpx.AsyncClient, url: str, prompt: Prompt, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, client: httpx.AsyncClient, engine: Engine, prompt: Prompt, body: dict[str, Any]) -> dict[str, Any]:
         """Seeds make a request repeatable, so a broken connection is tried again; a deadline or an error status is not."""
+        name, control, life = engine.name, engine.control, engine.life
         for attempt in range(RETRIES + 1):
             try:
-                response = await client.post(f"{url}/inference/v1/generate", json=body)
+                response = await client.post(f"{engine.url}/inference/v1/generate", json=body)
             except httpx.TimeoutException:
-                raise EngineError(f"rollout server {url} did not answer prompt '{prompt.id}' within {self._config.request_timeout_s:g} s") from None
+                raise EngineLost(f"{name} did not answer prompt '{prompt.id}' within {self._config.request_timeout_s:g} s "
+                                 f"during generate{control.diagnosis()}") from None
             except httpx.TransportError as error:
                 await asyncio.sleep(WATCH_S)
-                if attempt == RETRIES or (self._server and not self._server.alive()):
-                    tail = self._server.tail() if self._server else ""
-                    raise EngineError(f"rollout server {url} cannot be reached during generate ({error or type(error).__name__}){tail}") from None
+                if attempt == RETRIES or engine.life != life or not (engine.server and engine.server.alive()):
+                    raise EngineLost(f"{name} cannot be reached during generate ({error or type(error).__name__}){control.diagnosis()}") from None
                 continue
             if response.status_code != 200:
-                raise EngineError(f"rollout server {url} refused prompt '{prompt.id}' with status {response.status_code}: {response.text[:400]}")
+                kind = EngineLost if await asyncio.to_thread(control.ended) else EngineError
+                raise kind(f"{name} refused prompt '{prompt.id}' with status {response.status_code} during generate: "
+                           f"{response.text[:400]}{control.diagnosis()}")
             return response.json()
         raise AssertionError("unreachable")
 
@@ -159,30 +176,30 @@ class ServerRollout:
                       finish_reason=choice["finish_reason"], weight_versions=versions)
 
 
-def transfer_backend(wanted: str, device: str, *, found: bool) -> str:
+def transfer_backend(rollout: Rollout, device: str, *, found: bool) -> str:
     """auto: gloo on a CPU; ipc to a server spawned on the trainer's own GPU; nccl to servers elsewhere."""
-    if wanted != "auto":
-        if wanted in ("nccl", "ipc") and device == "cpu":
-            raise UserError(f"rollout.transfer = {wanted} needs a GPU; on a CPU use gloo (or auto)")
-        return wanted
-    return "gloo" if device == "cpu" else "nccl" if found else "ipc"
+    if rollout.transfer != "auto":
+        if rollout.transfer in ("nccl", "ipc") and device == "cpu":
+            raise UserError(f"rollout.transfer = {rollout.transfer} needs a GPU; on a CPU use gloo (or auto)")
+        return rollout.transfer
+    return "gloo" if device == "cpu" else "nccl" if found or rollout.gpus else "ipc"
 
 
-def open_channel(backend: str, controls: Sequence[HttpControl], host: str, timeout_s: float) -> Channel:
-    """The trainer side of a backend."""
+def open_channel(backend: str, control: HttpControl, timeout_s: float) -> Channel:
+    """The trainer side of a backend, to one engine."""
     if backend == "ipc":
         from sophiavl_fast.rollout.transfer.ipc import IpcChannel
 
-        if len(controls) > 1 or controls[0].workers() > 1:
-            raise UserError("rollout.transfer = ipc reaches one engine on one GPU, the trainer's; use nccl")
-        return IpcChannel(controls[0])
+        if control.workers() > 1:
+            raise UserError("rollout.transfer = ipc reaches an engine of one GPU, the trainer's; use nccl")
+        return IpcChannel(control)
     if backend == "nccl":
         from sophiavl_fast.rollout.transfer.nccl import NcclChannel
 
-        return NcclChannel(controls, host, timeout_s)
+        return NcclChannel(control, own_address(control.url), timeout_s)
     from sophiavl_fast.rollout.transfer.gloo import GlooChannel
 
-    return GlooChannel(controls, host, timeout_s)
+    return GlooChannel(control, own_address(control.url), timeout_s)
 
 
 def own_address(url: str) -> str:

@@ -30,8 +30,18 @@ class RolloutEngine(Protocol):
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
         """Replace every weight in place and forget what was cached under the old ones. Every model-parallel peer of the
         caller iterates `source.weights()` once meanwhile, since gathering is a collective. Yielded tensors must not be written to
-        before this returns. Returns seconds by phase (`gather_s`, `send_s`, `load_s`, `reset_s`) and `bytes`.
-        Raises EngineError when a name is missing or unknown or an engine does not answer; the engine is unusable then."""
+        before this returns. Returns seconds by phase (`gather_s`, `convert_s`, `send_s`, `load_s`, `reset_s`) and `bytes`.
+        A source with `frozen` names and `weights(trained_only=True)` sends those names once only. It is kept, and gone through
+        again where an engine was started anew. Raises EngineError when a name is missing or unknown or no engine is left;
+        the engine is unusable then."""
+        ...
+
+    def tend(self) -> None:
+        """Give engines that were started anew the current weights, in the thread and at a time at which the source's are those last sent."""
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Since the last call: `restarts` of engines, requests `redone`; empty where neither can be."""
         ...
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from sophiavl_fast.rollout.engine import (
     check_prompt_ids,
 )
 from sophiavl_fast.rollout.environment import inline_environment
-from sophiavl_fast.rollout.transfer import Transfer
+from sophiavl_fast.rollout.transfer import Lane, Transfer
 from sophiavl_fast.rollout.transfer.inproc import InprocChannel
 from sophiavl_fast.types import Group, Prompt, WeightSource
 
@@ -44,7 +44,8 @@ class InlineRollout:
             self._engine: Any = _start(engine_arguments(config, device, "inproc") | {"distributed_executor_backend": "uni"})
         control = InlineControl(self._engine)
         control.rpc("sophia_claim", nonce, banned_ids)
-        self._transfer = Transfer([control], InprocChannel(control), nonce=nonce, checksums=config.rollout.checksum)
+        self._lane = Lane(control, InprocChannel(control))
+        self._transfer = Transfer(nonce=nonce, checksums=config.rollout.checksum)
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,
                  on_group: OnGroup | None = None, on_progress: OnProgress | None = None) -> list[Group]:
@@ -66,9 +67,15 @@ class InlineRollout:
 
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
         with kept_globals():
-            times = self._transfer.send(source, version)
+            times, _ = self._transfer.send([self._lane], source, version)
         self.version = version
         return times
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def tend(self) -> None:
+        pass
 
     def close(self) -> None:
         if self._engine is None:
@@ -148,6 +155,9 @@ class InlineControl:
 
     def workers(self) -> int:
         return 1
+
+    def diagnosis(self) -> str:
+        return ""
 
 
 @contextmanager

@@ -36,6 +36,12 @@ class Recorder:
         self.version = version
         return times
 
+    def counters(self) -> dict[str, float]:
+        return self._engine.counters()
+
+    def tend(self) -> None:
+        self._engine.tend()
+
     def close(self) -> None:
         self._engine.close()
 
@@ -70,6 +76,12 @@ class Replay:
             pass
         self.version = version
         return {}
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def tend(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     if not token:
         raise UserError(f"set the environment variable {TOKEN_VARIABLE} to a secret that the run will use too")
     device = resolve_device(config.device)
-    backend = transfer_backend(config.rollout.transfer, device, found=True)
+    backend = transfer_backend(config.rollout, device, found=True)
     url = f"http://127.0.0.1:{pick_port(config.rollout.port)}"
     print(f"rollout.urls=[{url}]  rollout.transfer={backend}", flush=True)
     command = server_command(config, device, backend, url)

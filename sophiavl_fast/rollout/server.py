@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,70 +15,115 @@ from pathlib import Path
 import httpx
 
 from sophiavl_fast.config import Config
-from sophiavl_fast.errors import EngineError, UserError
+from sophiavl_fast.errors import EngineLost, UserError
 from sophiavl_fast.rollout.arguments import as_flags, engine_arguments
 from sophiavl_fast.rollout.environment import child_environment
+from sophiavl_fast.rollout.family import Family
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 
-LOG_LINES = 12
+LOG_LINES, TAIL_BYTES = 12, 1 << 16
 CLOSE_S = 15.0
 
 
 class Server:
-    """A vLLM server on 127.0.0.1 that dies with this process. backend: weight transfer backend."""
+    """A vLLM server on 127.0.0.1 that dies with this process. backend: weight transfer backend.
 
-    def __init__(self, config: Config, *, device: str, backend: str, run_dir: str | Path, name: str = "rollout") -> None:
-        self.token = secrets.token_urlsafe(32)
-        self.url = f"http://127.0.0.1:{pick_port(config.rollout.port)}"
+    index: which of all the trainer's servers it is (its port, cores or GPUs); name: of its log in run_dir. The log goes on
+    where a server before it, of the same name, left off.
+    """
+
+    def __init__(self, config: Config, *, device: str, backend: str, run_dir: str | Path, token: str, name: str = "rollout", index: int = 0) -> None:
+        self.token = token
+        self.url = f"http://127.0.0.1:{pick_port(config.rollout.port and config.rollout.port + index)}"
         self.log = Path(run_dir) / f"{name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        env = child_environment(device, os.environ, server_variables(self.token, backend))
+        env = child_environment(device, os.environ, server_variables(token, backend) | placement(config, device, index))
         command = [sys.executable, "-m", "sophiavl_fast.rollout.supervisor", *server_command(config, device, backend, self.url)]
-        with self.log.open("wb") as log:
+        self._family: Family | None = None
+        self._closing = threading.Lock()
+        with self.log.open("ab") as log:
+            self._began = log.tell()
             self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.name = f"rollout server {self.url} (pid {self._process.pid})"
         atexit.register(self.close)
 
     def wait_ready(self, timeout_s: float, on_wait: Callable[[float], None] | None = None) -> None:
-        """Block until /health answers. Raises EngineError with the log's last lines when it ends or takes too long."""
+        """Block until /health answers. Raises EngineLost with the log's last lines when it ends or takes too long."""
         start = time.monotonic()
         with httpx.Client(base_url=self.url, headers=authorization(self.token), timeout=5.0, trust_env=False) as client:
             while True:
                 self.refuse_dead("start")
                 try:
                     if client.get("/health").status_code == 200:
+                        self._family = Family(self._process.pid)
+                        self.name = f"rollout server {self.url} (pid {self._family.front})"
                         return
                 except httpx.TransportError:
                     pass
                 waited = time.monotonic() - start
                 if waited > timeout_s:
-                    raise EngineError(f"rollout server {self.url} did not answer within {timeout_s:g} s of its start{self.tail()}")
+                    raise EngineLost(f"{self.name} did not answer within {timeout_s:g} s of its start{self.diagnosis()}")
                 if on_wait:
                     on_wait(waited)
                 time.sleep(0.2)
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether it and every process of its family live; one that is stopped does."""
+        return self._process.poll() is None and not (self._family and self._family.first)
 
     def refuse_dead(self, phase: str) -> None:
-        """Raise EngineError when the server has ended."""
+        """Raise EngineLost when the server has ended."""
         if not self.alive():
-            raise EngineError(f"rollout server {self.url} ended during {phase} (exit code {self._process.returncode}){self.tail()}")
+            raise EngineLost(f"{self.name} ended during {phase}{self.diagnosis()}")
+
+    def ended_within(self, seconds: float) -> bool:
+        """Wait that long for it to end; whether it has."""
+        if self._family:
+            self._family.ended.wait(seconds)
+        return not self.alive()
+
+    def trouble(self) -> str:
+        """Its process that ended first, or those that are stopped; "" where all run."""
+        return self._family.trouble() if self._family else ""
+
+    def diagnosis(self) -> str:
+        """Which of its processes ended or is stopped, its exit code and the log's last lines, for an error message."""
+        found = self.trouble()
+        code = self._process.poll()
+        return (f": {found}" if found else "") + (f" (exit code {code})" if code is not None else "") + self.tail()
 
     def tail(self) -> str:
         """The log's last lines, for an error message."""
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        with self.log.open("rb") as log:
+            log.seek(max(self._began, self.log.stat().st_size - TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
         return f"; last lines of {self.log}:\n  " + "\n  ".join(lines) if lines else f"; {self.log} is empty"
 
     def close(self) -> None:
         """End server and supervisor; what does not end is killed with its whole process group."""
         atexit.unregister(self.close)
-        if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
-        try:
-            self._process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        with self._closing:
+            if self._family:
+                self._family.close()
+            if self._process.stdin and not self._process.stdin.closed:
+                self._process.stdin.close()
+            try:
+                self._process.wait(CLOSE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+
+def placement(config: Config, device: str, index: int) -> dict[str, str]:
+    """Environment that gives each server its own GPUs (`rollout.gpus`), or on a CPU its own cores where there are several servers."""
+    size, count = config.rollout.tensor_parallel, config.rollout.engines
+    if device != "cpu":
+        mine = config.rollout.gpus[index * size:(index + 1) * size]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))} if mine else {}
+    cores = sorted(os.sched_getaffinity(0))
+    if count == 1 or size > 1 or len(cores) < count or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
+        return {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[index % count::count]))}
 
 
 def server_command(config: Config, device: str, backend: str, url: str) -> list[str]:

@@ -5,6 +5,7 @@ module also registers our weight transfer backends in the worker's process.
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ class EngineExtension:
 
     def sophia_claim(self, nonce: str, banned_ids: list[int]) -> None:
         """Serve the run with this nonce from now on, and never sample these ids."""
+        if nonce != getattr(self, "_sophia_nonce", None):
+            self._sophia_had: set[str] = set()
         self._sophia_nonce = nonce
         set_banned(banned_ids)
 
@@ -34,35 +37,51 @@ class EngineExtension:
         wanted = self._sophia_wanted()
         return [n for n in names if self._sophia_canonical(n) not in wanted]
 
-    def sophia_begin(self, nonce: str, with_checksums: bool) -> None:
-        """Start recording every tensor that reaches the model; refused when the engine serves another run."""
+    def sophia_begin(self, nonce: str, with_checksums: bool, kept: list[str]) -> None:
+        """Start recording every tensor that reaches the model; refused when the engine serves another run.
+
+        kept: names that do not come, since they never change; refused unless all of them came in an earlier transfer.
+        """
         if getattr(self, "_sophia_nonce", None) != nonce:
             raise PermissionError("this engine serves another run now (its nonce differs)")
+        self._sophia_kept = {self._sophia_canonical(n) for n in kept}
+        if strange := self._sophia_kept - getattr(self, "_sophia_had", set()):
+            raise PermissionError(f"{len(strange)} weights were to be kept that this run never sent, such as {min(strange)}")
         model = self.model_runner.get_model()
         self._sophia_seen: dict[str, str] = {}
         self._sophia_unfilled = {name for name, _ in model.named_parameters()}
+        self._sophia_load_s = 0.0
         model.__dict__.pop("load_weights", None)     # of an update that broke off
         load = model.load_weights
 
         def recording(weights: Iterable[tuple[str, Tensor]], *args, **kwargs):
+            began = time.perf_counter()
             loaded = load(self._sophia_record(weights, with_checksums), *args, **kwargs)
+            self._sophia_load_s += time.perf_counter() - began
             self._sophia_unfilled -= set(loaded or ())
             return loaded
 
         model.__dict__["load_weights"] = recording
 
     def sophia_end(self) -> dict[str, object]:
-        """Stop recording. missing: checkpoint names that never came; unfilled: parameters that nothing was written to;
-        checksums: by name as sent."""
+        """Stop recording. missing: checkpoint names that never came; unfilled: parameters that nothing was written to, those
+        of wholly kept modules aside; checksums: by name as sent; load_s: seconds, without those of waiting for the next tensor."""
         self.model_runner.get_model().__dict__.pop("load_weights", None)
         got = {self._sophia_canonical(n) for n in self._sophia_seen}
-        missing = [name for key, name in self._sophia_wanted().items() if key not in got]
-        return {"missing": sorted(missing), "unfilled": sorted(self._sophia_unfilled), "checksums": self._sophia_seen}
+        missing = [name for key, name in self._sophia_wanted().items() if key not in got | self._sophia_kept]
+        whole = _modules(self._sophia_kept) - _modules(got)
+        unfilled = sorted(n for n in self._sophia_unfilled if not _modules({n}) <= whole)
+        if not missing and not unfilled:
+            self._sophia_had = got | self._sophia_kept
+        return {"missing": sorted(missing), "unfilled": unfilled, "checksums": self._sophia_seen, "load_s": self._sophia_load_s}
 
     def _sophia_record(self, weights: Iterable[tuple[str, Tensor]], with_checksums: bool) -> Iterator[tuple[str, Tensor]]:
+        began = time.perf_counter()
         for name, tensor in weights:
             self._sophia_seen[name] = checksum(tensor) if with_checksums else ""
+            self._sophia_load_s -= time.perf_counter() - began
             yield name, tensor
+            began = time.perf_counter()
 
     def _sophia_canonical(self, name: str) -> str:
         """One spelling for the old and the new way in which transformers writes the same name.
@@ -83,3 +102,8 @@ class EngineExtension:
                 names = [n for n in names if not n.endswith("lm_head.weight")]
             self._sophia_names = {self._sophia_canonical(n): n for n in names}
         return self._sophia_names
+
+
+def _modules(names: set[str]) -> set[str]:
+    """The model's direct children that hold these parameters."""
+    return {name.partition(".")[0] for name in names}

@@ -20,31 +20,35 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def engine(folder, tmp_path_factory):
-    engine = open_engine(folder, tmp_path_factory.mktemp("run"), engine="server", checksum=True, transfer_timeout_s=30)
+    engine = open_engine(folder, tmp_path_factory.mktemp("run"), engine="server", checksum=True, transfer_timeout_s=60, max_restarts=0, start_timeout_s=900.0)
     yield engine
     engine.close()
     assert not [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM")], "close left processes behind"
 
 
+def server(engine):
+    return engine._pool.engines[0].server
+
+
 def family(engine) -> list[psutil.Process]:
-    supervisor = psutil.Process(engine._server._process.pid)
+    supervisor = psutil.Process(server(engine)._process.pid)
     return [supervisor, *supervisor.children(recursive=True)]
 
 
 def test_every_route_wants_the_token(engine):
-    good = {"Authorization": f"Bearer {engine._server.token}"}
-    with httpx.Client(base_url=engine._server.url, timeout=60) as client:
+    good = {"Authorization": f"Bearer {server(engine).token}"}
+    with httpx.Client(base_url=server(engine).url, timeout=60) as client:
         routes = client.get("/openapi.json", headers=good).json()["paths"]
         assert {"/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weights", "/inference/v1/generate", "/health"} <= set(routes)
         assert len(routes) > 20
         for route in [*routes, "/docs", "/openapi.json", "/metrics", "/nowhere"]:
             for method in ("GET", "POST", "OPTIONS"):
-                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": engine._server.token}):
+                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": server(engine).token}):
                     assert client.request(method, route, headers=headers).status_code == 401, (method, route, headers)
 
 
 def test_the_token_is_on_no_command_line(engine):
-    assert not [p for p in family(engine) if engine._server.token in " ".join(p.cmdline())]
+    assert not [p for p in family(engine) if server(engine).token in " ".join(p.cmdline())]
 
 
 def test_logprobs_equal_hugging_face(engine, prompts, model):
@@ -93,14 +97,14 @@ def test_a_taken_port_is_one_line():
 
 def test_a_found_server_is_trusted_after_a_transfer_only(engine, prompts, model, folder, tmp_path, monkeypatch):
     """Another run takes the server over: it must send first, and from then on the first run is refused by name."""
-    found = {"engine": "server", "urls": [engine._server.url], "transfer_timeout_s": 30}
+    found = {"engine": "server", "urls": [server(engine).url], "transfer_timeout_s": 30}
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(UserError, match=TOKEN_VARIABLE):
         open_engine(folder, tmp_path, **found)
     monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
     with pytest.raises(EngineError, match="refused this run's token"):
         open_engine(folder, tmp_path, **found)
-    monkeypatch.setenv(TOKEN_VARIABLE, engine._server.token)
+    monkeypatch.setenv(TOKEN_VARIABLE, server(engine).token)
     other = open_engine(folder, tmp_path, **found)
     with pytest.raises(EngineError, match="samples nothing before this run has sent"):
         other.generate(prompts, **HOT)
@@ -114,15 +118,39 @@ def test_a_found_server_is_trusted_after_a_transfer_only(engine, prompts, model,
         engine.send(tiny.Weights(model), 5)
 
 
-def current_nonce(engine) -> str:
-    """The nonce of the run that the server serves now."""
-    reply = httpx.get(f"{engine._server.url}/weight_info", headers={"Authorization": f"Bearer {engine._server.token}"})
-    return reply.json()["weight_version"].partition(":")[0]
+def taken_back(engine, weights) -> None:
+    """The server serves its first run again, which the test before took it from."""
+    engine._transfer.broken = ""
+    engine._pool.engines[0].control.rpc("sophia_claim", engine._nonce, tiny.BANNED)
+    engine.send(weights, 6)
+
+
+def test_a_killed_worker_costs_a_restart_and_no_answer(engine, prompts, folder):
+    """The server is started again, given the current weights and asked again: the same tokens as if nothing had been."""
+    new = tiny.perturbed(folder, 8)
+    taken_back(engine, tiny.Weights(new))
+    expected = engine.generate(prompts, **HOT)
+    engine._pool._max_restarts, first = 1, family(engine)
+    engine.counters()
+    worker = next(p for p in first if "Worker" in p.name())
+    killed = []
+
+    def kill(*_):
+        killed or killed.append(worker.kill())
+
+    groups = engine.generate(prompts, **HOT, on_progress=kill)
+    while not (found := engine.counters()).get("restarts") or not killed:   # it may have answered everything before it fell
+        groups = engine.generate(prompts, **HOT)
+    assert found["restarts"] == 1
+    ids = lambda gs: [[(r.token_ids, r.weight_versions) for r in g.responses] for g in gs]
+    assert ids(groups) == ids(expected) and {v for g in groups for r in g.responses for v in r.weight_versions} == {6}
+    assert tiny.worst_difference(new, engine.generate(prompts, **HOT), T) < 1e-4
+    _, alive = psutil.wait_procs(first, timeout=30)
+    assert not alive
 
 
 def test_a_killed_server_is_named_at_once_and_leaves_nothing(engine, prompts, model):
-    """Last: it ends the shared server. kill -9 of the API server only, as in an out-of-memory kill."""
-    engine._transfer.broken, engine._nonce = "", current_nonce(engine)   # of the test before
+    """Last: it ends the shared server. kill -9 of the API server only, as in an out-of-memory kill; no restart is left."""
     supervisor, api, *rest = family(engine)
     assert rest, "the engine core is a process of its own"
     began = time.monotonic()
@@ -130,11 +158,11 @@ def test_a_killed_server_is_named_at_once_and_leaves_nothing(engine, prompts, mo
     def kill(done, wanted, tokens):
         api.kill()
 
-    with pytest.raises(EngineError, match=rf"rollout server {engine._server.url} .*generate"):
+    with pytest.raises(EngineError, match=rf"rollout server {server(engine).url} .*generate.*API server \(pid {api.pid}\) ended"):
         for step in range(100):
             engine.generate(prompts, **HOT | {"step": step}, on_progress=kill)
     assert time.monotonic() - began < 60
     _, alive = psutil.wait_procs([supervisor, api, *rest], timeout=30)
     assert not alive
-    with pytest.raises(EngineError, match="ended during weight transfer"):
+    with pytest.raises(EngineError, match=rf"rollout server .*API server \(pid {api.pid}\) ended"):
         engine.send(tiny.Weights(model), 6)

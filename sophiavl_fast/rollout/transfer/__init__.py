@@ -2,110 +2,164 @@
 
 Order: begin the record, pause, start, buckets, end the record and compare, finish, reset three caches, resume. Whatever goes
 wrong after the start leaves an engine with some old and some new weights: it is never used again.
+
+Engines are written to side by side, each over a channel of its own: one that is lost on the way leaves the others whole.
+Weights that never change (a frozen vision tower) travel once, to each engine that has not had them in this run.
 """
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-from sophiavl_fast.errors import EngineError
+from sophiavl_fast.errors import EngineError, EngineLost
 from sophiavl_fast.rollout.transfer.checksum import checksum
 from sophiavl_fast.rollout.transfer.control import Channel, Control
 from sophiavl_fast.rollout.transfer.source import Bucket, buckets
 from sophiavl_fast.types import WeightSource
 
+PHASES = ("gather_s", "convert_s", "send_s", "load_s", "reset_s")
+MAX_ENGINES = 64
+
+
+@dataclass(eq=False)
+class Lane:
+    """The way to one engine, and what it has had."""
+
+    control: Control
+    channel: Channel
+    complete: bool = False
+    """It has had every weight in this run, so that frozen ones need not travel again."""
+    known: set[str] = field(default_factory=set)
+    """Names that it has."""
+
 
 class Transfer:
-    """Sends weights to one or more engines. nonce: this run's; checksums: compare every tensor's bits.
+    """Sends weights to engines. nonce: this run's; checksums: compare every tensor's bits.
 
     in_flight: swap the weights under requests in flight instead of waiting for their end.
     """
 
-    def __init__(self, controls: Sequence[Control], channel: Channel, *, nonce: str, checksums: bool, in_flight: bool = False) -> None:
-        self.controls, self.channel, self.nonce, self.checksums, self.in_flight = controls, channel, nonce, checksums, in_flight
+    def __init__(self, *, nonce: str, checksums: bool, in_flight: bool = False) -> None:
+        self.nonce, self.checksums, self.in_flight = nonce, checksums, in_flight
         self.broken = ""
-        self._known: set[str] = set()
-        self._pool = ThreadPoolExecutor(len(controls), "transfer")
+        self._threads = ThreadPoolExecutor(MAX_ENGINES, "transfer")
 
-    def send(self, source: WeightSource, version: int) -> dict[str, float]:
-        """All weights of `source` into every engine; see RolloutEngine.send."""
+    def send(self, lanes: Sequence[Lane], source: WeightSource, version: int) -> tuple[dict[str, float], dict[Lane, EngineLost]]:
+        """The weights of `source` into the engines; seconds by phase and `bytes` (to each), and the engines lost on the way.
+
+        The source is gone through to its end even where every engine was lost: peers take part in it.
+        Raises EngineError for what another engine would do again: a name missing or unknown, bits that changed.
+        """
         self.refuse_broken()
         try:
-            return self._send(source, version)
+            return _Pass(self, lanes, source).run(f"{self.nonce}:{version}")
         except BaseException as error:
             self.broken = f"weight transfer of version {version} failed: {error}"
             raise
 
     def refuse_broken(self) -> None:
-        """Raise EngineError when an earlier transfer left the engine in between."""
+        """Raise EngineError when an earlier transfer left an engine in between."""
         if self.broken:
             raise EngineError(f"rollout: the engine is unusable since {self.broken}")
 
     def close(self) -> None:
-        self.channel.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _send(self, source: WeightSource, version: int) -> dict[str, float]:
-        times = {"gather_s": 0.0, "send_s": 0.0, "load_s": 0.0, "reset_s": 0.0, "bytes": 0.0}
-        sums: dict[str, str] = {}
-        clock = time.perf_counter()
+    def each(self, lanes: Sequence[Lane], call: Callable[[Lane], Any]) -> Iterator[tuple[Lane, Any]]:
+        """Each lane with what `call` returned for it, or the EngineLost it raised; side by side."""
+        def guarded(lane: Lane) -> Any:
+            try:
+                return call(lane)
+            except EngineLost as lost:
+                return lost
 
-        def lap(phase: str) -> None:
-            nonlocal clock
-            now = time.perf_counter()
-            times[phase] += now - clock
-            clock = now
+        yield from zip(lanes, [guarded(lanes[0])] if len(lanes) == 1 else self._threads.map(guarded, lanes))
 
-        self._all(lambda c: c.rpc("sophia_begin", self.nonce, self.checksums))   # refused by an engine that serves another run by now,
-        self._all(lambda c: c.pause(keep=self.in_flight))                         # which must not be left paused
-        self._all(lambda c: c.start())
-        lap("load_s")
-        for bucket in buckets(source):
-            lap("gather_s")
-            self._refuse_unknown(bucket)
-            if self.checksums:
-                sums.update((name, checksum(tensor)) for name, tensor in bucket)
-            self.channel.send(bucket)
-            times["bytes"] += sum(t.numel() * t.element_size() for _, t in bucket)
-            lap("send_s")
-        self._compare(sums)
-        self._all(lambda c: c.finish(f"{self.nonce}:{version}"))
-        self.channel.committed()
-        lap("load_s")
-        self._all(lambda c: c.reset_caches(in_flight=self.in_flight))
-        self._all(lambda c: c.resume())
-        lap("reset_s")
-        return times
 
-    def _all(self, call: Callable[[Control], Any]) -> list[Any]:
-        if len(self.controls) == 1:
-            return [call(self.controls[0])]
-        return list(self._pool.map(call, self.controls))
+class _Pass:
+    """One transfer under way."""
+
+    def __init__(self, transfer: Transfer, lanes: Sequence[Lane], source: WeightSource) -> None:
+        self.transfer, self.lanes, self.source = transfer, list(lanes), source
+        self.lost: dict[Lane, EngineLost] = {}
+        self.sums: dict[str, str] = {}
+        self.times = dict.fromkeys((*PHASES, "bytes"), 0.0)
+        self._clock = time.perf_counter()
+
+    def run(self, label: str) -> tuple[dict[str, float], dict[Lane, EngineLost]]:
+        in_flight, frozen = self.transfer.in_flight, sorted(getattr(self.source, "frozen", ()))
+        kept = frozen if all(lane.complete for lane in self.lanes) else []
+        # refused by an engine that serves another run by now, which must not be left paused
+        self._all(lambda lane: lane.control.rpc("sophia_begin", self.transfer.nonce, self.transfer.checksums, kept))
+        self._all(lambda lane: lane.control.pause(keep=in_flight))
+        self._all(lambda lane: lane.control.start())
+        self._lap("load_s")
+        for bucket in buckets(self.source, trained_only=bool(kept)):
+            self._lap("gather_s")
+            if self.lanes:
+                self._bucket(bucket)
+        self._compare()
+        self._all(lambda lane: lane.control.finish(label))
+        for lane in self.lanes:
+            lane.channel.committed()
+            lane.complete = True
+        self._lap("load_s")
+        self._all(lambda lane: lane.control.reset_caches(in_flight=in_flight))
+        self._all(lambda lane: lane.control.resume())
+        self._lap("reset_s")
+        return self.times, self.lost
+
+    def _bucket(self, bucket: Bucket) -> None:
+        self._refuse_unknown(bucket)
+        travelling = self.lanes[0].channel.convert(bucket) if self.lanes else []
+        if self.transfer.checksums:
+            self.sums.update((name, checksum(tensor)) for name, tensor in bucket)
+        self._lap("convert_s")
+        self._all(lambda lane: lane.channel.send(travelling))
+        self.times["bytes"] += sum(t.numel() * t.element_size() for _, t in bucket)
+        self._lap("send_s")
 
     def _refuse_unknown(self, bucket: Bucket) -> None:
         """Before any byte moves: an engine that meets a name it does not know leaves the others waiting."""
-        new = [name for name, _ in bucket if name not in self._known]
-        if not new:
+        names = [name for name, _ in bucket]
+        if all(lane.known.issuperset(names) for lane in self.lanes):
             return
-        for control, workers in zip(self.controls, self._all(lambda c: c.rpc("sophia_unknown", new))):
-            if unknown := sorted({name for names in workers for name in names}):
-                raise EngineError(f"weight transfer to {control.name}: {len(unknown)} names it does not have: {_some(unknown)}")
-        self._known.update(new)
+        for lane, workers in self._all(lambda lane: lane.control.rpc("sophia_unknown", names)):
+            if unknown := sorted({name for answer in workers for name in answer}):
+                raise EngineError(f"weight transfer to {lane.control.name}: {len(unknown)} names it does not have: {_some(unknown)}")
+            lane.known.update(names)
 
-    def _compare(self, sums: dict[str, str]) -> None:
+    def _compare(self) -> None:
         """The engine's own record against what was sent: names, parameters written, checksums."""
-        for control, workers in zip(self.controls, self._all(lambda c: c.rpc("sophia_end"))):
+        loading = 0.0
+        for lane, workers in self._all(lambda lane: lane.control.rpc("sophia_end")):
+            to = f"weight transfer to {lane.control.name}"
             for record in workers:
+                loading = max(loading, record["load_s"])
                 if record["missing"]:
-                    raise EngineError(f"weight transfer to {control.name}: {len(record['missing'])} tensors were never sent: "
-                                      f"{_some(record['missing'])}")
+                    raise EngineError(f"{to}: {len(record['missing'])} tensors were never sent: {_some(record['missing'])}")
                 if record["unfilled"]:
-                    raise EngineError(f"weight transfer to {control.name}: {len(record['unfilled'])} of its parameters kept their old "
-                                      f"values: {_some(record['unfilled'])}")
-                if wrong := sorted(n for n, value in sums.items() if record["checksums"].get(n) != value):
-                    raise EngineError(f"weight transfer to {control.name}: {len(wrong)} tensors arrived changed: {_some(wrong)}")
+                    raise EngineError(f"{to}: {len(record['unfilled'])} of its parameters kept their old values: {_some(record['unfilled'])}")
+                if wrong := sorted(n for n, value in self.sums.items() if record["checksums"].get(n) != value):
+                    raise EngineError(f"{to}: {len(wrong)} tensors arrived changed: {_some(wrong)}")
+        loading = min(loading, self.times["send_s"])   # tensors are loaded as they arrive, within what was timed as sending
+        self.times["send_s"] -= loading
+        self.times["load_s"] += loading
+
+    def _all(self, call: Callable[[Lane], Any]) -> list[tuple[Lane, Any]]:
+        """Call for every engine that is still there; who is lost now is left out from here on."""
+        found = list(self.transfer.each(self.lanes, call)) if self.lanes else []
+        self.lost |= {lane: answer for lane, answer in found if isinstance(answer, EngineLost)}
+        self.lanes = [lane for lane in self.lanes if lane not in self.lost]
+        return [(lane, answer) for lane, answer in found if lane not in self.lost]
+
+    def _lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.times[phase] += now - self._clock
+        self._clock = now
 
 
 def _some(names: list[str]) -> str:

@@ -7,7 +7,7 @@ from sophiavl_fast.rollout.transfer.source import Bucket
 
 
 class Control(Protocol):
-    """One engine's control plane. Every call has a deadline and raises EngineError naming engine and phase."""
+    """One engine's control plane. Every call has a deadline and raises EngineError naming engine and phase (EngineLost where it is gone or silent)."""
 
     name: str
     """How errors call it: "inline engine", or the server's address."""
@@ -44,15 +44,24 @@ class Control(Protocol):
         ...
 
 
+    def diagnosis(self) -> str:
+        """What is known of a failure beside the failed call, to be appended to its message; "" for nothing."""
+        ...
+
+
 class Channel(Protocol):
-    """A backend's trainer side."""
+    """A backend's trainer side, to one engine."""
+
+    def convert(self, bucket: Bucket) -> Bucket:
+        """The tensors as they travel, such as on the host."""
+        ...
 
     def send(self, bucket: Bucket) -> None:
-        """Deliver the tensors to every engine and have them loaded before returning."""
+        """Deliver the tensors to every worker and have them loaded before returning."""
         ...
 
     def committed(self) -> None:
-        """Every engine has finished the update: what was shared with it may go."""
+        """The engine has finished the update: what was shared with it may go."""
         ...
 
     def close(self) -> None: ...

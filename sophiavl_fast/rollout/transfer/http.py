@@ -5,19 +5,22 @@ from typing import Any
 
 import httpx
 
-from sophiavl_fast.errors import EngineError
+from sophiavl_fast.errors import EngineError, EngineLost
 from sophiavl_fast.rollout.server import Server, authorization
+
+ENDING_S = 1.0   # between the end of a worker and its server's
 
 
 class HttpControl:
     """Control over HTTP. server: the spawned one at this address, whose log errors quote; None for one found running."""
 
     def __init__(self, url: str, token: str, timeout_s: float, server: Server | None) -> None:
-        self.name, self._timeout_s, self._server = f"rollout server {url}", timeout_s, server
+        self.name, self._timeout_s, self._server = server.name if server else f"rollout server {url}", timeout_s, server
+        self.url = url
         self._client = httpx.Client(base_url=url, headers=authorization(token), timeout=timeout_s, trust_env=False)
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
-        return self._post("/collective_rpc", json={"method": method, "args": args, "timeout": self._timeout_s}, phase=method).json()["results"]
+        return self._post("/collective_rpc", json={"method": method, "args": args, "timeout": self._timeout_s}, step=method).json()["results"]
 
     def init_transfer(self, info: dict[str, Any]) -> None:
         self._post("/init_weight_transfer_engine", json={"init_info": info})
@@ -34,6 +37,9 @@ class HttpControl:
     def label(self, label: str) -> None:
         """Name the weights it holds without sending any."""
         self._post("/update_weight_version", json={"new_version": label})
+
+    def diagnosis(self) -> str:
+        return self._server.diagnosis() if self._server else ""
 
     def reset_caches(self, *, in_flight: bool) -> None:
         if not self._post("/reset_prefix_cache", params={"reset_running_requests": in_flight}).json()["success"]:
@@ -53,21 +59,25 @@ class HttpControl:
     def close(self) -> None:
         self._client.close()
 
-    def _post(self, route: str, phase: str = "", **content: Any) -> httpx.Response:
-        return self._request("POST", route, phase or route[1:], **content)
+    def _post(self, route: str, step: str = "", **content: Any) -> httpx.Response:
+        return self._request("POST", route, step or route[1:], **content)
 
-    def _request(self, method: str, route: str, phase: str, **content: Any) -> httpx.Response:
+    def _request(self, method: str, route: str, step: str, **content: Any) -> httpx.Response:
+        phase = f"weight transfer ({step.removeprefix('sophia_')})"
         try:
             response = self._client.request(method, route, **content)
         except httpx.TimeoutException:
-            raise EngineError(f"{self.name} did not answer {phase} within {self._timeout_s:g} s{self._tail()}") from None
+            raise EngineLost(f"{self.name} did not answer {phase} within {self._timeout_s:g} s{self.diagnosis()}") from None
         except httpx.TransportError as error:
-            raise EngineError(f"{self.name} cannot be reached for {phase} ({error}){self._tail()}") from None
+            self.ended()
+            raise EngineLost(f"{self.name} cannot be reached for {phase} ({error or type(error).__name__}){self.diagnosis()}") from None
         if response.status_code == 401:
             raise EngineError(f"{self.name} refused this run's token at {phase}")
         if response.status_code != 200:
-            raise EngineError(f"{self.name} failed at {phase} with status {response.status_code}: {response.text[:400]}{self._tail()}")
+            kind = EngineLost if self.ended() else EngineError
+            raise kind(f"{self.name} failed at {phase} with status {response.status_code}: {response.text[:400]}{self.diagnosis()}")
         return response
 
-    def _tail(self) -> str:
-        return self._server.tail() if self._server else ""
+    def ended(self) -> bool:
+        """Whether a process has ended or is stopped: vLLM answers some requests after its engine has died."""
+        return self._server is not None and (self._server.ended_within(ENDING_S) or bool(self._server.trouble()))

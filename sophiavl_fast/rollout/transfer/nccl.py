@@ -1,7 +1,6 @@
 """Trainer side of vLLM's own nccl backend: engines on other GPUs."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,25 +12,26 @@ from sophiavl_fast.rollout.transfer.together import together
 
 
 class NcclChannel:
-    """A communicator of the trainer (rank 0, its current device) and all workers; packed broadcasts, one call a bucket."""
+    """A communicator of the trainer (rank 0, its current device) and one engine's workers; packed broadcasts, one call a bucket."""
 
-    def __init__(self, controls: Sequence[Control], host: str, timeout_s: float) -> None:
+    def __init__(self, control: Control, host: str, timeout_s: float) -> None:
         from vllm.distributed.weight_transfer import nccl_common
 
-        self._controls, self._timeout_s = controls, timeout_s
-        workers = [c.workers() for c in controls]
-        meeting: dict[str, Any] = {"master_address": host, "master_port": pick_port(0), "world_size": 1 + sum(workers)}
-        infos = [nccl_common.worker_init_payload(nccl_common.NCCLWeightTransferInitInfo(
-            **meeting, rank_offset=1 + sum(workers[:i]), packed=True)) for i in range(len(controls))]
-        calls = {c.name: lambda c=c, info=info: c.init_transfer(info) for c, info in zip(controls, infos)}
+        self._control, self._timeout_s = control, timeout_s
+        meeting: dict[str, Any] = {"master_address": host, "master_port": pick_port(0), "world_size": 1 + control.workers()}
+        info = nccl_common.worker_init_payload(nccl_common.NCCLWeightTransferInitInfo(**meeting, rank_offset=1, packed=True))
         device = torch.cuda.current_device()
 
         def join() -> Any:
             torch.cuda.set_device(device)   # the current device is a thread's own
             return nccl_common.trainer_init(meeting)
 
-        self._communicator = together(join, calls, phase="weight transfer set-up", timeout_s=timeout_s)
+        self._communicator = together(join, lambda: control.init_transfer(info), control, phase="weight transfer (set-up)", timeout_s=timeout_s)
         self._device = device
+
+    def convert(self, bucket: Bucket) -> Bucket:
+        torch.cuda.current_stream().synchronize()   # gathered on this thread's stream, read on the other's
+        return bucket
 
     def send(self, bucket: Bucket) -> None:
         from vllm.distributed.weight_transfer import packed_tensor
@@ -43,9 +43,7 @@ class NcclChannel:
                 buffer_size_bytes=packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES, num_buffers=packed_tensor.DEFAULT_PACKED_NUM_BUFFERS)
             torch.cuda.current_stream().synchronize()
 
-        torch.cuda.current_stream().synchronize()   # gathered on this thread's stream, read on the other's
-        calls = {c.name: lambda c=c: c.update(description(bucket)) for c in self._controls}
-        together(broadcast, calls, phase="weight transfer", timeout_s=self._timeout_s)
+        together(broadcast, lambda: self._control.update(description(bucket)), self._control, phase="weight transfer (send)", timeout_s=self._timeout_s)
 
     def committed(self) -> None:
         pass

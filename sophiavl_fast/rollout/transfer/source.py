@@ -16,12 +16,14 @@ BUCKET_BYTES = 256 << 20
 Bucket = list[tuple[str, Tensor]]
 
 
-def buckets(source: WeightSource, limit: int = BUCKET_BYTES) -> Iterator[Bucket]:
+def buckets(source: WeightSource, limit: int = BUCKET_BYTES, *, trained_only: bool = False) -> Iterator[Bucket]:
     """Detached, contiguous tensors in the source's order, grouped up to `limit` bytes (at least one a bucket), so that
-    a model larger than memory allows twice still goes through, in one pass over the source."""
+    a model larger than memory allows twice still goes through, in one pass over the source.
+
+    trained_only: without those that the source calls `frozen`; such a source has `weights(trained_only=True)`."""
     bucket: Bucket = []
     size = 0
-    for name, tensor in source.weights():
+    for name, tensor in source.weights(trained_only=True) if trained_only else source.weights():  # type: ignore[call-arg]
         nbytes = tensor.numel() * tensor.element_size()
         if bucket and size + nbytes > limit:
             yield bucket

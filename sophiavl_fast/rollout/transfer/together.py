@@ -1,32 +1,34 @@
-"""A collective and the remote calls that make the others join it, with one deadline and the right culprit."""
+"""A collective and the remote call that makes an engine join it, with one deadline and the right culprit."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
-from sophiavl_fast.errors import EngineError
+from sophiavl_fast.errors import EngineError, EngineLost
+from sophiavl_fast.rollout.transfer.control import Control
+
+ANSWER_S = 2.0   # a broken connection shows before the engine's own account of why
 
 
-def together(own: Callable[[], Any], calls: Mapping[str, Callable[..., Any]], *, phase: str, timeout_s: float) -> Any:
-    """Run `own` (the trainer's side) while every remote call runs; returns own's result.
+def together(own: Callable[[], Any], call: Callable[[], Any], control: Control, *, phase: str, timeout_s: float) -> Any:
+    """Run `own` (the trainer's side) while the remote call to the engine `control` runs; returns own's result.
 
-    The first failure of a remote call ends the wait at once: its engine has left the collective and `own` would
-    block until its timeout. Threads are daemons, since what blocks in a broken collective cannot be ended.
-    Raises EngineError naming who failed, or who had not answered when time ran out.
+    A failed remote call ends the wait at once: its engine has left the collective and `own` would block until its timeout.
+    Threads are daemons, since what blocks in a broken collective cannot be ended. Raises EngineError naming engine and
+    phase, EngineLost where the engine has ended or is silent.
     """
-    futures = {name: _spawn(call) for name, call in calls.items()}
-    mine = _spawn(own)
-    _, pending = wait([*futures.values(), mine], timeout=timeout_s, return_when=FIRST_EXCEPTION)
-    for name, future in futures.items():
-        if future.done() and (error := future.exception()):
-            raise error if isinstance(error, EngineError) else EngineError(f"{name} failed at {phase}: {error}") from error
+    mine, theirs = _spawn(own), _spawn(call)
+    wait([mine, theirs], timeout=timeout_s, return_when=FIRST_EXCEPTION)
+    if mine.done() and mine.exception():
+        wait([theirs], timeout=ANSWER_S)
+    if theirs.done() and (error := theirs.exception()):
+        raise error if isinstance(error, EngineError) else EngineError(f"{control.name} failed at {phase}: {error}") from error
     if mine.done() and (error := mine.exception()):
-        raise EngineError(f"{phase} failed: {error}; not yet answered: {', '.join(n for n, f in futures.items() if f in pending) or 'nobody'}") from error
-    if pending:
-        silent = [name for name, future in futures.items() if future in pending] or ["the trainer's own side"]
-        raise EngineError(f"{phase}: no answer within {timeout_s:g} s from {', '.join(silent)}")
+        raise EngineLost(f"{control.name} left the {phase}: {str(error).splitlines()[0]}{control.diagnosis()}") from error
+    if not mine.done() or not theirs.done():
+        raise EngineLost(f"{control.name} did not answer the {phase} within {timeout_s:g} s{control.diagnosis()}")
     return mine.result()
 
 

@@ -1,0 +1,212 @@
+"""The rollout engines of one replica: which of them may sample, and what happens to one that is lost.
+
+A spawned engine that ends or goes silent is ended for good, started again at most `rollout.max_restarts` times, and given the
+current weights under the run's nonce before it samples; whoever held a request of it asks another. A server found running
+(`rollout.urls`) is nobody's to restart: it is left out from then on. The run ends when no engine is left.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sophiavl_fast.errors import EngineError, EngineLost
+from sophiavl_fast.rollout.server import Server
+from sophiavl_fast.rollout.transfer import Lane, Transfer
+from sophiavl_fast.rollout.transfer.control import Channel
+from sophiavl_fast.rollout.transfer.http import HttpControl
+from sophiavl_fast.types import WeightSource
+
+log = logging.getLogger(__name__)
+WAIT_S = 0.2
+
+
+@dataclass(eq=False)
+class Engine:
+    """One engine. life: how often it was lost, so that news of an earlier life is told from news of this one."""
+
+    index: int
+    url: str = ""
+    server: Server | None = None
+    lane: Lane | None = None
+    state: Literal["starting", "up", "ready", "lost"] = "starting"
+    """up: it answers, but has not this run's weights; lost: for good."""
+    load: int = 0
+    life: int = 0
+    restarts: int = 0
+    why: EngineLost | None = None
+
+    @property
+    def name(self) -> str:
+        return self.server.name if self.server else f"rollout server {self.url}"
+
+    @property
+    def control(self) -> HttpControl:
+        assert self.lane and isinstance(self.lane.control, HttpControl)
+        return self.lane.control
+
+
+class Pool:
+    """start(index): spawns the server of that number. control, channel: the ways to an engine that answers. nonce: the run's."""
+
+    def __init__(self, count: int, urls: list[str], *, start: Callable[[int], Server], control: Callable[[Engine], HttpControl],
+                 channel: Callable[[HttpControl], Channel], nonce: str, banned_ids: list[int], max_restarts: int, start_timeout_s: float) -> None:
+        self.engines = [Engine(i, url, state="up") for i, url in enumerate(urls)] or [Engine(i) for i in range(count)]
+        self.restarts = self.redone = 0
+        self._start, self._control, self._channel, self._nonce, self._banned_ids = start, control, channel, nonce, banned_ids
+        self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
+        self._source: WeightSource | None = None
+        self._version = 0
+        self._closed = False
+        self._lock = threading.RLock()
+
+    def open(self, on_wait: Callable[[float], None] | None = None) -> None:
+        """Start every engine, side by side, and reach it. An engine that does not start the first time is an error."""
+        for engine in self.engines:
+            if engine.state == "starting":
+                engine.server = self._start(engine.index)
+        for engine in self.engines:
+            if engine.server:
+                engine.server.wait_ready(self._start_timeout_s, on_wait)
+                engine.url, engine.state = engine.server.url, "up"
+            self._connect(engine)
+
+    def pick(self) -> Engine | None:
+        """The least loaded engine that may sample. Raises EngineError where none can any more."""
+        with self._lock:
+            ready = [e for e in self.engines if e.state == "ready"]
+            if ready:
+                return min(ready, key=lambda e: e.load)
+            self.refuse_hopeless()
+        return None
+
+    def refuse_hopeless(self) -> None:
+        """Raise EngineError where no engine samples and none is being started, or where all await weights that nobody has sent."""
+        found = {e.state for e in self.engines}
+        if found == {"lost"}:
+            raise next(e.why for e in self.engines if e.why)
+        if self._source is None and found <= {"up", "lost"}:
+            raise EngineError(f"{self.engines[0].name} was found running: it samples nothing before this run has sent its weights")
+
+    def lose(self, engine: Engine, life: int, why: EngineLost) -> None:
+        """The engine failed in that life: leave it out, and start it again where it may be."""
+        with self._lock:
+            if engine.life != life or engine.state == "lost" or self._closed:
+                return
+            engine.life, engine.load, engine.why, engine.lane = life + 1, 0, why, None
+            again = engine.server is not None and engine.restarts < self._max_restarts
+            engine.state = "starting" if again else "lost"
+            if again:
+                engine.restarts += 1
+                self.restarts += 1
+            else:
+                log.warning("%s; it is left out from here on", _line(why))
+                engine.why = EngineLost(f"{_line(why)[:2000]}" + (f" (after {engine.restarts} restarts)" if engine.restarts else ""))
+        if again:
+            log.warning("%s; restart %d of %d", _line(why), engine.restarts, self._max_restarts)
+        threading.Thread(target=self._revive if again else self._end, args=(engine, engine.life), daemon=True).start()
+
+    def check(self, phase: str) -> None:
+        """Leave out engines whose processes have ended meanwhile."""
+        for engine in self.engines:
+            life = engine.life
+            if engine.state in ("up", "ready") and engine.server:
+                try:
+                    engine.server.refuse_dead(phase)
+                except EngineLost as why:
+                    self.lose(engine, life, why)
+
+    def tend(self, transfer: Transfer) -> None:
+        """Give the current weights to engines that answer again. In the thread and at a time at which the source may be read."""
+        if self._source is not None and any(e.state == "up" for e in self.engines):
+            self._send(transfer, [e for e in self.engines if e.state == "up"])
+
+    def send(self, transfer: Transfer, source: WeightSource, version: int) -> dict[str, float]:
+        """New weights to every engine there is; returns when at least one has them. Raises EngineError when none is left."""
+        self._source, self._version = source, version
+        self.check("weight transfer (before its start)")
+        while True:
+            if times := self._send(transfer, [e for e in self.engines if e.state in ("up", "ready")]):
+                return times
+            while not any(e.state in ("up", "ready") for e in self.engines):
+                self.refuse_hopeless()
+                time.sleep(WAIT_S)
+
+    def counters(self) -> dict[str, float]:
+        """Restarts and redone requests since the last call, and engines that are not lost."""
+        with self._lock:
+            found = {"restarts": float(self.restarts), "redone": float(self.redone), "engines": float(sum(e.state != "lost" for e in self.engines))}
+            self.restarts = self.redone = 0
+        return found
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        for engine in self.engines:
+            if engine.lane:
+                engine.lane.channel.close()
+                engine.control.close()
+            if engine.server:
+                engine.server.close()
+
+    def _send(self, transfer: Transfer, engines: list[Engine]) -> dict[str, float]:
+        """The source's weights to these engines; {} where none has them now."""
+        lives = {e: e.life for e in engines}
+        for engine in engines:
+            try:
+                if engine.lane is None:
+                    self._connect(engine)
+            except EngineLost as why:
+                self.lose(engine, lives[engine], why)
+        lanes = {e.lane: e for e in engines if e.lane and e.life == lives[e]}
+        if not lanes:
+            return {}
+        assert self._source is not None
+        for engine in lanes.values():
+            engine.state = "up"     # half old, half new until the end
+        times, lost = transfer.send(list(lanes), self._source, self._version)
+        for lane, engine in lanes.items():
+            if lane in lost:
+                self.lose(engine, lives[engine], lost[lane])
+            elif engine.life == lives[engine]:
+                engine.state = "ready"
+        return times if len(lost) < len(lanes) else {}
+
+    def _connect(self, engine: Engine) -> None:
+        """Claim the engine for this run and open the way for weights. A spawned one holds version 0, model.path's."""
+        control = self._control(engine)
+        control.rpc("sophia_claim", self._nonce, self._banned_ids)
+        if engine.server:
+            control.label(f"{self._nonce}:0")
+        engine.lane = Lane(control, self._channel(control))
+        if engine.server and self._source is None:
+            engine.state = "ready"
+
+    def _revive(self, engine: Engine, life: int) -> None:
+        """In a thread of its own: end what is left of the old server, start another."""
+        self._end(engine, life)
+        try:
+            with self._lock:
+                if self._closed:
+                    return
+                engine.server = self._start(engine.index)
+            engine.server.wait_ready(self._start_timeout_s)
+            engine.url = engine.server.url
+            if self._source is None:
+                self._connect(engine)
+            else:
+                engine.state = "up"
+        except Exception as error:
+            self.lose(engine, life, error if isinstance(error, EngineLost) else EngineLost(f"{engine.name} did not start again: {error}"))
+
+    def _end(self, engine: Engine, life: int) -> None:
+        if engine.server:
+            engine.server.close()
+
+
+def _line(error: Exception) -> str:
+    """The message without the log that it may quote."""
+    return str(error).partition("; last lines of")[0]

@@ -1,5 +1,14 @@
 #!/usr/bin/env bash
-# One node: scripts/train_node.sh CONFIG [a.b=value ...]   (GPUS: how many processes, all of the node's by default)
+# One node by torchrun: trainer ranks on its GPUs, engines beside them or on `rollout.gpus`.
 set -euo pipefail
-gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
-exec torchrun --standalone --nproc-per-node "$gpus" -m sophiavl_fast train "$@"
+usage="usage: scripts/train_node.sh [--dry-run] CONFIG [a.b=value ...]
+  GPUS    trainer processes (default: all GPUs of the node)
+  PYTHON  interpreter (default: .venv/bin/python beside this folder, else python)
+Half the node for the trainer, half for engines:  GPUS=4 scripts/train_node.sh CONFIG rollout.engines=4 'rollout.gpus=[4,5,6,7]'"
+here=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=scripts/common.sh
+source "$here/scripts/common.sh"
+options "$usage" "$@" && set -- "${rest[@]}"
+gpus=${GPUS:-$(count_gpus)}
+[ "$gpus" -gt 0 ] || fail "no GPU found; set GPUS to the number of processes"
+launch "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m sophiavl_fast train "$@"

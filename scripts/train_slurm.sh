@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
-# Several nodes under Slurm: sbatch --nodes 2 --gpus-per-node 8 scripts/train_slurm.sh CONFIG [a.b=value ...]
-# One launcher a node; run.dir must lie on a filesystem that all nodes share.
+# Several nodes under Slurm: one launcher a node, trainer ranks on all GPUs of all nodes.
 #SBATCH --job-name=sophiavl-fast
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-exec srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
-    --rdzv-endpoint "$head:${PORT:-29500}" -m sophiavl_fast train "$@"
+usage="usage: sbatch --nodes 2 --gpus-per-node 8 scripts/train_slurm.sh [--dry-run] CONFIG [a.b=value ...]
+  GPUS  processes a node (default 8)    PORT  free on the first node (default 29500)    PYTHON  interpreter
+Submit it from the checkout's folder; run.dir must lie on a filesystem that all nodes share. --dry-run outside a job needs SLURM_JOB_NODELIST."
+here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
+# shellcheck source=scripts/common.sh
+source "$here/scripts/common.sh"
+options "$usage" "$@" && set -- "${rest[@]}"
+need SLURM_JOB_NODELIST
+mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
+launch srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "${#nodes[@]}" --nproc-per-node "${GPUS:-8}" \
+    --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-dry}" --rdzv-endpoint "${nodes[0]}:${PORT:-29500}" -m sophiavl_fast train "$@"

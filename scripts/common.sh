@@ -1,0 +1,38 @@
+# What the launchers share; sourced, with `here` set to the checkout's folder.
+# shellcheck shell=bash disable=SC2034
+python=${PYTHON:-$here/.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
+dry=""
+rest=()
+
+fail() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+# options USAGE ARGUMENTS...: takes --dry-run and --help out; what is left is in `rest`
+options() {
+    local usage=$1 argument
+    shift
+    for argument in "$@"; do
+        case "$argument" in
+            -h | --help) echo "$usage"; exit 0 ;;
+            --dry-run) dry=yes ;;
+            -*) echo "$usage" >&2; fail "unknown option $argument" ;;
+            *) rest+=("$argument") ;;
+        esac
+    done
+    if [ ${#rest[@]} -eq 0 ]; then echo "$usage" >&2; exit 2; fi
+    [ -f "${rest[0]}" ] || fail "config file '${rest[0]}' does not exist"
+}
+
+need() { local name; for name in "$@"; do [ -n "${!name:-}" ] || fail "$name is not set; see --help"; done; }
+
+count_gpus() { nvidia-smi -L 2>/dev/null | wc -l; }
+
+# host names of a Slurm list; without Slurm (a dry run) a plain comma-separated one
+node_names() { if command -v scontrol >/dev/null; then scontrol show hostnames "$1"; else tr , '\n' <<<"$1"; fi; }
+
+say() { printf '%q ' "$@"; echo; }
+# the last command of a launcher: in its place, or only shown
+launch() { if [ -n "$dry" ]; then say "$@"; else exec "$@"; fi; }
+# the same, but traps of the launcher still run
+launch_step() { if [ -n "$dry" ]; then say "$@"; else "$@"; fi; }
+background() { if [ -n "$dry" ]; then say "$@"; else "$@" & started+=($!); fi; }

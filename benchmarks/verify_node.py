@@ -1,0 +1,158 @@
+"""Check a node of GPUs in ten minutes: the trainer against Hugging Face, weights into engines by each way, greedy answers, rates. One JSON.
+
+    scripts/verify_node.sh MODEL_FOLDER [--out FILE]        eight GPUs: half for a tensor-parallel trainer, half for its engines (nccl), then ipc
+    scripts/verify_node.sh --dry-run                        two processes over gloo on the demo's tiny model, no GPU
+
+Three real runs of the recipe on the demo's pictures, each a few steps: trainer and engines on different GPUs (nccl), an engine on each trainer's own
+GPU (ipc), both compared with plain transformers at every step; then greedy answers of vLLM and of transformers from the exported folder. With
+--dry-run the two runs go over gloo: two tensor-parallel ranks with two engines, two replicas with an engine each.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import checkout, common
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("gather", "convert", "send", "load", "reset")
+# limits of a pass: fp32 on a CPU, bf16 on GPUs (trainer and engine round differently; greedy ties break either way)
+LIMITS = {"float32": {"hf": 1e-4, "engine": 1e-4, "greedy": 1.0}, "bfloat16": {"hf": 0.2, "engine": 0.3, "greedy": 0.5}}
+
+
+@dataclass
+class Plan:
+    """What runs: name of the run -> processes and settings; dtype, steps."""
+
+    runs: dict[str, tuple[int, list[str]]]
+    dtype: str
+    steps: int
+    shared: list[str]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="verify_node", description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="", help="Hugging Face folder of the model, such as Qwen2.5-VL-7B-Instruct; needed without --dry-run")
+    parser.add_argument("--dry-run", action="store_true", help="two processes over gloo, the demo's tiny model")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the node")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first is left out of the rates")
+    parser.add_argument("--work", default="", help="folder for data, runs and exports; a temporary one by default")
+    parser.add_argument("--out", default="verify_node.json")
+    a = parser.parse_args()
+    if not a.dry_run and not (Path(a.model) / "config.json").is_file():
+        parser.error(f"'{a.model}' is no Hugging Face folder; name one, or use --dry-run")
+    if not a.dry_run and (a.gpus < 2 or a.gpus % 2):
+        parser.error(f"--gpus {a.gpus}: an even number of at least 2")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(a.work or temporary)
+        plan = dry_plan(a.steps) if a.dry_run else gpu_plan(a.gpus, a.steps)
+        model = prepare(work, a.model)
+        runs = {name: run(work, model, name, processes, [*plan.shared, *settings], plan) for name, (processes, settings) in plan.runs.items()}
+        found = {"dry_run": a.dry_run, "model": str(a.model or "the demo's tiny model"), "dtype": plan.dtype, "runs": runs,
+                 "greedy_match": greedy(work, next(iter(plan.runs)), plan.dtype), "limits": LIMITS[plan.dtype]}
+    found["failures"] = failures(found)
+    found["seconds"] = time.perf_counter() - began
+    checkout.use()
+    common.write(Path(a.out), found)
+    print(table(found))
+    return int(bool(found["failures"]))
+
+
+def dry_plan(steps: int) -> Plan:
+    common_settings = ["rollout.transfer=gloo", "rollout.engine=server", "rollout.start_timeout_s=1200", "rollout.transfer_timeout_s=300"]
+    return Plan({"gloo": (2, ["parallel.tensor=2", "rollout.engines=2"]), "gloo_replicas": (2, ["parallel.data=2"])}, "float32", steps,
+                ["rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_new_tokens=32", *common_settings])
+
+
+def gpu_plan(gpus: int, steps: int) -> Plan:
+    half = gpus // 2
+    tensor = next(t for t in (4, 2, 1) if half % t == 0)      # divides the key heads of every model up to 72B
+    engines = half // (half // tensor)
+    shared = ["device=cuda", "rollout.engine=server", "rollout.prompts_per_step=32", "rollout.n=8", "rollout.max_new_tokens=256", "policy.recompute=true"]
+    apart = [f"parallel.tensor={tensor}", f"rollout.engines={engines}", f"rollout.gpus={list(range(half, gpus))}", "rollout.transfer=nccl",
+             "rollout.gpu_memory_utilization=0.8"]
+    return Plan({"nccl": (half, apart), "ipc": (gpus, ["rollout.transfer=ipc", "rollout.gpu_memory_utilization=0.3"])}, "bfloat16", steps, shared)
+
+
+def prepare(work: Path, model: str) -> Path:
+    """The demo's data, a twentieth of it; and its tiny model where no other is named."""
+    from sophiavl_fast.data.demo import generate, tiny_model
+
+    generate.write(work / "data", 0, lambda rows, label, total: rows, scale=0.05)
+    if not model:
+        tiny_model.build(work / "model", 0)
+    return Path(model) if model else work / "model"
+
+
+def run(work: Path, model: Path, name: str, processes: int, settings: list[str], plan: Plan) -> dict[str, Any]:
+    """One run of the recipe under torchrun; its figures from metrics.jsonl."""
+    out = work / name
+    print(f"{name}: {processes} processes, {plan.steps} steps ...", flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "sophiavl_fast", "train",
+               "configs/demo.yaml", f"data.registry={work}/data/dataset_info.json", f"model.path={model}", f"model.dtype={plan.dtype}", f"run.dir={out}",
+               f"run.steps={plan.steps}", "run.resume=never", "eval.every=0", "checkpoint.every=0", "thinking.backend=off", "optim.lr=1e-6",
+               "debug.compare_hf=true", "rollout.max_logprob_diff=null", "monitor.tensorboard=false", *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: the run failed with exit code {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-30:]))
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    later = steps[1:] or steps
+    middle, worst = lambda key: median(m[key] for m in later), lambda key: max(m[key] for m in steps)
+    return {"processes": processes, "settings": settings, "steps": len(steps),
+            "parity": {"policy_hf_max": worst("debug/hf_logprob_diff_max"), "policy_engine_max": worst("rollout/logprob_diff_max")},
+            "transfer": {"seconds": middle("time/transfer_s"), "bytes": steps[0]["transfer/bytes"],
+                         "phases": {p: middle(f"time/transfer_{p}_s") for p in PHASES}},
+            "rollout_tokens_per_s": middle("rollout/tokens_per_s"), "train_tokens_per_s": middle("train/tokens_per_s"),
+            "engines": steps[-1]["rollout/engines"], "restarts": sum(m["rollout/restarts"] for m in steps)}
+
+
+def greedy(work: Path, name: str, dtype: str) -> float:
+    """Share of held-out prompts that vLLM and transformers answer alike, greedily, from the folder that the run exported."""
+    answers = []
+    for engine in ("vllm", "transformers"):
+        out = work / f"{engine}.json"
+        subprocess.run([sys.executable, "-m", "sophiavl_fast", "evaluate", "--model", str(work / name / "hf"), "--data", "demo_eval", "--registry",
+                        str(work / "data" / "dataset_info.json"), "--engine", engine, "--templates", "plain", "--max-new-tokens", "32", "--dtype", dtype,
+                        "--limit", "32", "--out", str(out)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        answers.append([a["response"] for a in json.loads(out.read_text())["answers"]])
+    return sum(a == b for a, b in zip(*answers, strict=True)) / len(answers[0])
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """What lies beyond the limits, in words."""
+    limits, bad = found["limits"], []
+    for name, r in found["runs"].items():
+        for key, limit in (("policy_hf_max", limits["hf"]), ("policy_engine_max", limits["engine"])):
+            if not r["parity"][key] <= limit:
+                bad.append(f"{name}: {key} = {r['parity'][key]:.3g}, limit {limit:g}")
+        if r["restarts"]:
+            bad.append(f"{name}: engines were restarted {r['restarts']:.0f} times")
+        if not r["transfer"]["bytes"] > 0:
+            bad.append(f"{name}: no bytes were transferred")
+    if not found["greedy_match"] >= limits["greedy"]:
+        bad.append(f"greedy answers agree on {found['greedy_match']:.0%} of the prompts, limit {limits['greedy']:.0%}")
+    return bad
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = []
+    for name, r in found["runs"].items():
+        t, p = r["transfer"], r["parity"]
+        lines.append(f"{name:14} policy-HF {p['policy_hf_max']:.1e}  policy-engine {p['policy_engine_max']:.1e}  transfer {t['bytes'] / 1e6:,.0f} MB in "
+                     f"{t['seconds']:.2f} s  rollout {r['rollout_tokens_per_s']:,.0f} tokens/s  train {r['train_tokens_per_s']:,.0f} tokens/s")
+    lines.append(f"greedy answers agree on {found['greedy_match']:.0%}; {found['seconds'] / 60:.1f} minutes; {'; '.join(found['failures']) or 'passed'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -92,6 +92,8 @@ class Rollout(Node):
     """Stop when |trainer - engine| log-prob of a sampled token exceeds this; null: report only."""
     transfer: Literal["auto", "inproc", "gloo", "nccl", "ipc"] = "auto"
     """Weight transfer backend; auto chooses by topology."""
+    transfer_host: str = ""
+    """Address at which engines elsewhere reach the trainer for its weights; empty: this machine's on the way to `rollout.urls`."""
     checksum: bool = False
     """Compare a checksum of every tensor after each transfer."""
     start_timeout_s: float = 300.0

@@ -52,7 +52,7 @@ class ServerRollout:
 
         self._transfer = Transfer(nonce=nonce, checksums=c.checksum, in_flight=c.staleness > 0)
         self._pool = Pool(c.engines, urls, start=start, control=lambda e: HttpControl(e.url, self._token, c.transfer_timeout_s, e.server),
-                          channel=lambda control: open_channel(backend, control, c.transfer_timeout_s), nonce=nonce, banned_ids=banned_ids,
+                          channel=lambda control: open_channel(backend, control, c), nonce=nonce, banned_ids=banned_ids,
                           max_restarts=c.max_restarts, start_timeout_s=c.start_timeout_s)
         try:
             self._pool.open(on_wait)
@@ -185,8 +185,9 @@ def transfer_backend(rollout: Rollout, device: str, *, found: bool) -> str:
     return "gloo" if device == "cpu" else "nccl" if found or rollout.gpus else "ipc"
 
 
-def open_channel(backend: str, control: HttpControl, timeout_s: float) -> Channel:
+def open_channel(backend: str, control: HttpControl, rollout: Rollout) -> Channel:
     """The trainer side of a backend, to one engine."""
+    host, timeout_s = rollout.transfer_host or own_address(control.url), rollout.transfer_timeout_s
     if backend == "ipc":
         from sophiavl_fast.rollout.transfer.ipc import IpcChannel
 
@@ -196,10 +197,10 @@ def open_channel(backend: str, control: HttpControl, timeout_s: float) -> Channe
     if backend == "nccl":
         from sophiavl_fast.rollout.transfer.nccl import NcclChannel
 
-        return NcclChannel(control, own_address(control.url), timeout_s)
+        return NcclChannel(control, host, timeout_s)
     from sophiavl_fast.rollout.transfer.gloo import GlooChannel
 
-    return GlooChannel(control, own_address(control.url), timeout_s)
+    return GlooChannel(control, host, timeout_s)
 
 
 def own_address(url: str) -> str:

@@ -72,6 +72,8 @@ class Pool:
             if engine.server:
                 engine.server.wait_ready(self._start_timeout_s, on_wait)
                 engine.url, engine.state = engine.server.url, "up"
+            else:
+                self._control(engine).wait_ready(self._start_timeout_s, on_wait)
             self._connect(engine)
 
     def pick(self) -> Engine | None:

@@ -115,11 +115,12 @@ class Server:
 
 
 def placement(config: Config, device: str, index: int) -> dict[str, str]:
-    """Environment that gives each server its own GPUs (`rollout.gpus`), or on a CPU its own cores where there are several servers."""
+    """Environment that gives each server its GPUs (`rollout.gpus`, or the trainer rank's own), or on a CPU its own cores where there are several."""
     size, count = config.rollout.tensor_parallel, config.rollout.engines
     if device != "cpu":
-        mine = config.rollout.gpus[index * size:(index + 1) * size]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))} if mine else {}
+        visible, first = os.environ.get("CUDA_VISIBLE_DEVICES", ""), int(os.environ.get("LOCAL_RANK", "0"))
+        own = visible.split(",")[first:first + size] if visible else range(first, first + size)
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, config.rollout.gpus[index * size:(index + 1) * size] or own))}
     cores = sorted(os.sched_getaffinity(0))
     if count == 1 or size > 1 or len(cores) < count or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         return {}

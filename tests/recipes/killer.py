@@ -1,4 +1,7 @@
-"""Runs `train`, but ends itself by SIGKILL inside the n-th visit of a phase: python killer.py PHASE VISIT DELAY_S CONFIG a.b=value ..."""
+"""Runs `train`, but ends itself by SIGKILL inside the n-th visit of a phase: python killer.py PHASE VISIT DELAY_S CONFIG a.b=value ...
+
+Under torchrun the rank of the environment variable KILL_RANK does.
+"""
 import os
 import signal
 import sys
@@ -17,7 +20,7 @@ plain = progress.Progress.phase
 def deadly(self, name):
     global visits
     visits += name == phase
-    if name == phase and visits == int(visit):
+    if name == phase and visits == int(visit) and os.environ.get("RANK", "") == os.environ.get("KILL_RANK", ""):
         threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
     with plain(self, name) as timer:
         yield timer

@@ -1,10 +1,12 @@
 """kill -9 in every phase, then run.resume=auto: every metric but times, rates and memory equals the uninterrupted run's."""
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.recipes.conftest import ROOT, run
@@ -28,7 +30,6 @@ def uninterrupted(demo, tmp_path_factory):
 
 
 def arguments(demo, run_dir: Path, *more: str) -> list[str]:
-    
     return ["configs/demo.yaml", f"data.registry={demo}/data/dataset_info.json", f"run.dir={run_dir}", f"model.path={demo}/warm",
             f"thinking.path={demo}/judge", "run.steps=4", "rollout.prompts_per_step=6", "rollout.n=4", "eval.every=2", "eval.limit=8",
             "checkpoint.every=2", "algorithm.kl_coef=0.04", *more]
@@ -73,6 +74,59 @@ def test_killed_trainer_leaves_its_server_for_a_moment_and_the_next_one_does_not
     out = tmp_path / "run"
     kill(demo, out, "rollout", 4, 0.1, "rollout.engine=server")
     same(uninterrupted, run_once(demo, out, "rollout.engine=server"))
+
+
+def two_ranks(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Two tensor-parallel ranks under torchrun."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "parallel.tensor=2"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=1200, env={**os.environ, **environment})
+
+
+def kill_rank(demo, run_dir: Path, rank: int, phase: str, visit: int, *more: str) -> None:
+    """The job must end with one line of ours that names the rank and the phase, and leave no process behind."""
+    before = set(psutil.pids())
+    done = two_ranks(str(Path(__file__).with_name("killer.py")), phase, str(visit), "0.02", *arguments(demo, run_dir, *more), KILL_RANK=str(rank))
+    assert done.returncode
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sophiavl-fast: ")]
+    assert len(lines) == 1 and f"rank {rank} (pid " in lines[0] and f"ended without a word (killed?), last seen in {phase}" in lines[0], done.stderr[-3000:]
+    ours = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and str(demo) in " ".join(p.info["cmdline"] or ())]
+    _, alive = psutil.wait_procs(ours, timeout=60)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def replayed(demo, tmp_path_factory) -> tuple[Path, list[str]]:
+    """An uninterrupted run of two ranks on recorded responses, and the settings that it had beside the usual ones."""
+    folder = tmp_path_factory.mktemp("replayed")
+    run_once(demo, folder / "recorded", "eval.every=0", f"debug.record={folder}/rollouts")
+    more = ["eval.every=0", f"debug.replay={folder}/rollouts", "rollout.engine=server", "rollout.max_logprob_diff=null", "policy.control_timeout_s=300"]
+    done = two_ranks("-m", "sophiavl_fast", "train", *arguments(demo, folder / "whole", *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "whole", more
+
+
+@pytest.mark.kill
+@pytest.mark.layout
+@pytest.mark.engine
+@pytest.mark.parametrize("rank,phase,visit", [(0, "update", 3), (1, "update", 3), (1, "reward", 4), (0, "transfer", 4), (1, "transfer", 4), (1, "save", 1),
+                                              (0, "save", 2), (0, "export", 1), (1, "policy", 1)])
+def test_a_killed_rank_of_two(demo, replayed, tmp_path, rank, phase, visit):
+    """From replayed responses, so that no engine's start is waited for."""
+    whole, more = replayed
+    out = tmp_path / "run"
+    kill_rank(demo, out, rank, phase, visit, *more)
+    done = two_ranks("-m", "sophiavl_fast", "train", *arguments(demo, out, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(whole, out)
+
+
+@pytest.mark.kill
+@pytest.mark.layout
+@pytest.mark.engine
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_of_two_with_a_real_server(demo, tmp_path, rank):
+    """While the lead samples, its peer stands by: the server goes with them."""
+    kill_rank(demo, tmp_path / "run", rank, "rollout", 1, "rollout.engine=server", "eval.every=0", "rollout.start_timeout_s=900")
 
 
 @pytest.mark.engine

@@ -1,6 +1,8 @@
 """Control plane of a vLLM server: its RLHF routes, each call with a deadline and an error that says who and when."""
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -18,6 +20,23 @@ class HttpControl:
         self.name, self._timeout_s, self._server = server.name if server else f"rollout server {url}", timeout_s, server
         self.url = url
         self._client = httpx.Client(base_url=url, headers=authorization(token), timeout=timeout_s, trust_env=False)
+
+    def wait_ready(self, timeout_s: float, on_wait: Callable[[float], None] | None) -> None:
+        """Block until a server found running answers. Raises EngineLost when it does not in time."""
+        began = time.monotonic()
+        while True:
+            try:
+                if self._client.get("/health", timeout=5.0).status_code in (200, 401):   # whose token is wrong is told by the first real call
+                    return
+            except httpx.TransportError:
+                pass
+            waited = time.monotonic() - began
+            if waited > timeout_s:
+                raise EngineLost(f"{self.name} does not answer: nobody was reached there within {timeout_s:g} s; start it with "
+                                 "`python -m sophiavl_fast.rollout.serve`, or leave rollout.urls empty")
+            if on_wait:
+                on_wait(waited)
+            time.sleep(0.2)
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         return self._post("/collective_rpc", json={"method": method, "args": args, "timeout": self._timeout_s}, step=method).json()["results"]

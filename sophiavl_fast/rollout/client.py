@@ -27,7 +27,7 @@ from sophiavl_fast.rollout.transfer.control import Channel
 from sophiavl_fast.rollout.transfer.http import HttpControl
 from sophiavl_fast.types import Group, Prompt, WeightSource
 
-WATCH_S = 0.5
+WATCH_S, PICK_S = 0.5, 0.05
 RETRIES = 2
 
 
@@ -123,7 +123,7 @@ class ServerRollout:
         """A prompt's samples, from whichever engine lives to answer: seeds make every one of them answer alike."""
         while True:
             while (engine := self._pool.pick()) is None:
-                await asyncio.sleep(WATCH_S)
+                await asyncio.sleep(PICK_S)
             life = engine.life
             engine.load += 1
             try:
@@ -155,7 +155,7 @@ class ServerRollout:
                                  f"during generate{control.diagnosis()}") from None
             except httpx.TransportError as error:
                 await asyncio.sleep(WATCH_S)
-                if attempt == RETRIES or engine.life != life or not (engine.server and engine.server.alive()):
+                if attempt == RETRIES or engine.life != life or (engine.server and not engine.server.alive()):
                     raise EngineLost(f"{name} cannot be reached during generate ({error or type(error).__name__}){control.diagnosis()}") from None
                 continue
             if response.status_code != 200:

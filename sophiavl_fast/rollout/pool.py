@@ -98,7 +98,8 @@ class Pool:
         with self._lock:
             if engine.life != life or engine.state == "lost" or self._closed:
                 return
-            engine.life, engine.load, engine.why, engine.lane = life + 1, 0, why, None
+            lane, engine.lane = engine.lane, None
+            engine.life, engine.load, engine.why = life + 1, 0, why
             again = engine.server is not None and engine.restarts < self._max_restarts
             engine.state = "starting" if again else "lost"
             if again:
@@ -109,7 +110,7 @@ class Pool:
                 engine.why = EngineLost(f"{_line(why)[:2000]}" + (f" (after {engine.restarts} restarts)" if engine.restarts else ""))
         if again:
             log.warning("%s; restart %d of %d", _line(why), engine.restarts, self._max_restarts)
-        threading.Thread(target=self._revive if again else self._end, args=(engine, engine.life), daemon=True).start()
+        threading.Thread(target=self._revive if again else self._end, args=(engine, lane), daemon=True).start()
 
     def check(self, phase: str) -> None:
         """Leave out engines whose processes have ended meanwhile."""
@@ -149,8 +150,7 @@ class Pool:
             self._closed = True
         for engine in self.engines:
             if engine.lane:
-                engine.lane.channel.close()
-                engine.control.close()
+                close(engine.lane)
             if engine.server:
                 engine.server.close()
 
@@ -187,9 +187,10 @@ class Pool:
         if engine.server and self._source is None:
             engine.state = "ready"
 
-    def _revive(self, engine: Engine, life: int) -> None:
+    def _revive(self, engine: Engine, lane: Lane | None) -> None:
         """In a thread of its own: end what is left of the old server, start another."""
-        self._end(engine, life)
+        life = engine.life
+        self._end(engine, lane)
         try:
             with self._lock:
                 if self._closed:
@@ -204,9 +205,18 @@ class Pool:
         except Exception as error:
             self.lose(engine, life, error if isinstance(error, EngineLost) else EngineLost(f"{engine.name} did not start again: {error}"))
 
-    def _end(self, engine: Engine, life: int) -> None:
+    def _end(self, engine: Engine, lane: Lane | None) -> None:
         if engine.server:
             engine.server.close()
+        if lane:
+            close(lane)
+
+
+def close(lane: Lane) -> None:
+    """Let go of an engine."""
+    lane.channel.close()
+    if isinstance(lane.control, HttpControl):
+        lane.control.close()
 
 
 def _line(error: Exception) -> str:

@@ -87,17 +87,20 @@ class Server:
         return self._family.trouble() if self._family else ""
 
     def diagnosis(self) -> str:
-        """Which of its processes ended or is stopped, its exit code and the log's last lines, for an error message."""
-        found = self.trouble()
+        """Which of its processes ended or is stopped, and what the log says of it, for an error message."""
+        lines = self._log_lines()
+        if found := self.trouble():
+            errors = [line.strip() for line in lines if "Error" in line]
+            return f": {found}; {self.log}" + (f" says: {errors[-1][:300]}" if errors else " says nothing of it")
         code = self._process.poll()
-        return (f": {found}" if found else "") + (f" (exit code {code})" if code is not None else "") + self.tail()
+        quoted = f"; last lines of {self.log}:\n  " + "\n  ".join(lines[-LOG_LINES:]) if lines else f"; {self.log} is empty"
+        return (f" (exit code {code})" if code is not None else "") + quoted
 
-    def tail(self) -> str:
-        """The log's last lines, for an error message."""
+    def _log_lines(self) -> list[str]:
+        """The end of what this server wrote to its log."""
         with self.log.open("rb") as log:
             log.seek(max(self._began, self.log.stat().st_size - TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-        return f"; last lines of {self.log}:\n  " + "\n  ".join(lines) if lines else f"; {self.log} is empty"
+            return log.read().decode(errors="replace").splitlines()
 
     def close(self) -> None:
         """End server and supervisor; what does not end is killed with its whole process group."""

@@ -89,7 +89,7 @@ def phases_of(engine, model, many, phase: str, deed) -> list:
     return groups, struck[0]
 
 
-@pytest.mark.parametrize("phase, role, how", CASES, ids="-".join)
+@pytest.mark.parametrize("phase, role, how", CASES, ids=["-".join(c).replace(" ", "_") for c in CASES])
 def test_a_lost_engine_is_named_and_replaced(pool, many, model, folder, caplog, small_buckets, phase, role, how):
     caplog.set_level(logging.WARNING, "sophiavl_fast.rollout")
     settle(pool)

@@ -42,7 +42,7 @@ def run_once(demo, run_dir: Path, *more: str) -> Path:
 
 def kill(demo, run_dir: Path, phase: str, visit: int, delay: float, *more: str) -> None:
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("killer.py")), phase, str(visit), str(delay), *arguments(demo, run_dir, *more)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=540)
+                          cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == -signal.SIGKILL, f"exit {done.returncode}: {done.stderr[-2000:]}"
 
 

@@ -146,7 +146,7 @@ def test_a_skipped_reset_would_show(host, prompts, folder, reset):
 def test_transfer_reports_its_phases(host, folder, model):
     times = host.call(send, tiny.Weights(model), 8)
     assert times["bytes"] == sum(p.numel() * 4 for p in model.parameters())
-    assert set(times) == {"gather_s", "send_s", "load_s", "reset_s", "bytes"}
+    assert set(times) == {"gather_s", "convert_s", "send_s", "load_s", "reset_s", "bytes"}
 
 
 def test_another_prompt_than_the_trainers_is_refused(host, prompts):
@@ -195,7 +195,7 @@ def test_torch_compile_still_works_beside_the_engine(host):
 
 def _corrupt(state, name):
     """One bit of one tensor changes on its way."""
-    channel = state["engine"]._transfer.channel
+    channel = state["engine"]._lane.channel
     honest = channel.send
 
     def send(bucket):

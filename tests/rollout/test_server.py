@@ -121,7 +121,7 @@ def test_a_found_server_is_trusted_after_a_transfer_only(engine, prompts, model,
 def taken_back(engine, weights) -> None:
     """The server serves its first run again, which the test before took it from."""
     engine._transfer.broken = ""
-    engine._pool.engines[0].control.rpc("sophia_claim", engine._nonce, tiny.BANNED)
+    engine._pool.engines[0].lane = None
     engine.send(weights, 6)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 
 LOG_LINES, TAIL_BYTES = 12, 1 << 16
 CLOSE_S = 15.0
+LOWEST_PORT, TRIES = 16384, 64
 
 
 class Server:
@@ -148,12 +150,26 @@ def authorization(token: str) -> Mapping[str, str]:
 
 
 def pick_port(port: int) -> int:
-    """The port itself if it is free, a free one for 0; UserError when it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(f"rollout.port = {port} cannot be had on 127.0.0.1 ({(error.strerror or str(error)).lower()}); "
-                            "choose another, or 0 for a free one") from None
-        return probe.getsockname()[1]
+    """The port itself if it is free, a free one for 0; UserError when it is taken.
+
+    The free one lies below those that the system hands out by itself: a server binds it half a minute later, and until then
+    any connection of anybody could be given it.
+    """
+    for candidate in [port] if port else random.SystemRandom().sample(range(LOWEST_PORT, lowest_handed_out()), TRIES):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+                return candidate
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+    raise UserError(f"rollout.port = {port} cannot be had on 127.0.0.1 ({reason}); choose another, or 0 for a free one")
+
+
+def lowest_handed_out() -> int:
+    """The first port that the system gives to whoever asks for any; 32768 where it does not say."""
+    try:
+        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        low = 32768
+    return low if low >= LOWEST_PORT + TRIES else 32768

@@ -10,7 +10,7 @@ import pytest
 
 from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
-from sophiavl_fast.rollout.server import pick_port
+from sophiavl_fast.rollout.server import lowest_handed_out, pick_port
 from tests.rollout import tiny
 from tests.rollout.host import Host, open_engine
 from tests.rollout.test_inline import HOT, T, generate, start
@@ -93,6 +93,11 @@ def test_a_taken_port_is_one_line():
         other.listen()
         with pytest.raises(UserError, match=rf"rollout\.port = {other.getsockname()[1]} cannot be had"):
             pick_port(other.getsockname()[1])
+
+
+def test_a_free_port_is_not_one_that_the_system_hands_out():
+    """Or a connection made while the server starts may take it."""
+    assert all(1024 < pick_port(0) < lowest_handed_out() for _ in range(20))
 
 
 def test_a_found_server_is_trusted_after_a_transfer_only(engine, prompts, model, folder, tmp_path, monkeypatch):

@@ -88,10 +88,13 @@ def _do(folder: Path, out: Path, sections: dict[str, Any]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun's own
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for i, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        # groups of its own for each job: megatron only forgets its groups, and their threads would stay
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"job-{i}", store), rank=rank, world_size=ranks)
         do(**job)
-    dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

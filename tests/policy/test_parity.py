@@ -167,15 +167,16 @@ def test_inactive_rows_cost_no_backward_pass_and_change_nothing(folder, create):
     weights = draw(groups)
     weights[::3] = 0
     expected = gradients(policy := create(folder, optim={"clip_grad": 0.0}), policy.pack(groups, None), weights)
-    named = {}
-    for rows in (lambda w: w.nonzero()[:, 0], lambda w: w.nonzero()[:0, 0]):
+
+    def named(rows):
         policy = create(folder, optim={"clip_grad": 0.0}, policy={"tokens_per_row": 75})
         batches = policy.pack(groups, None)
         parts = {id(b): w for b, w in zip(batches, weights.split([len(b.target) for b in batches]), strict=True)}
-        policy.update(batches, weighted_sum(batches, weights), active=lambda batch: rows(parts[id(batch)]))
-        named[len(named)] = {n: g.clone() for n, g in policy.gradients()}
-    assert worst(named[0], expected) < GRADIENT
-    assert all(not g.any() for g in named[1].values())
+        policy.update(batches, weighted_sum(batches, weights), active=lambda batch: rows(parts[id(batch)].nonzero()[:, 0]))
+        return {n: g.clone() for n, g in policy.gradients()}
+
+    assert worst(named(lambda rows: rows), expected) < GRADIENT
+    assert all(not g.any() for g in named(lambda rows: rows[:0]).values())
 
 
 def test_a_kernel_that_this_device_lacks_is_refused_by_name(folder, create):

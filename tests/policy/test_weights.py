@@ -17,8 +17,8 @@ from transformers import AutoModelForImageTextToText
 from sophiavl_fast.config import Optim
 from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.policy import checkpoint
-from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.policy.optimizer import learning_rate
+from sophiavl_fast.policy.saver import Saver
 
 
 def nll(batch, logprob, entropy):

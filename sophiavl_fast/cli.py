@@ -114,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(a) -> int:
-    tree = config.load(a.config, a.overrides, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    from sophiavl_fast.monitor import budget
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    tree = config.load(a.config, a.overrides, world_size=world)
+    budget.require(tree, world)
     if tree.recipe == "sft":
         from sophiavl_fast.recipes.sft import train
     else:

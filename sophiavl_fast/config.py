@@ -50,8 +50,9 @@ class Model(Node):
 class Data(Node):
     registry: str = ""
     """Registry file in the form of dataset_info.json; "" for the packaged one."""
-    train: str | dict[str, float] = ""
-    """A dataset's name (a comma-separated list mixes by size), or name -> weight."""
+    train: str | dict[str, float | dict[int, float]] = ""
+    """A dataset's name (a comma-separated list mixes by size), or name -> weight; a weight may be a curriculum {step: weight, ...},
+    interpolated linearly between its points, where a step is as many prompts as one step draws."""
     eval: str = ""
     """Held-out dataset; "" for none."""
     check: Literal["full", "sample"] = "full"
@@ -86,6 +87,8 @@ class Rollout(Node):
     max_new_tokens: int = 1024
     temperature: float = 1.0
     """Enters the sampler and the ratio alike."""
+    resample: int = 0
+    """Rounds in which groups without signal (all advantages 0) are replaced by fresh prompts (DAPO); those left after the last are kept."""
     staleness: int = 0
     """Steps that rollouts may run ahead of the policy: 0 samples every step with that step's weights."""
     max_logprob_diff: float | None = None
@@ -191,6 +194,10 @@ class Rewards(Node):
     """A response that breaks the format earns outcome 0."""
     numeric_tolerance: float = 1e-6
     """Relative tolerance of numerical answers."""
+    overlong_cache: int = 0
+    """Soft overlong penalty (DAPO): over the last this many tokens before overlong_max it falls from 0 to -1; 0: none."""
+    overlong_max: int | None = None
+    """Longest response that is not penalised in full; null: rollout.max_new_tokens."""
     workers: int = 2
     """Grader processes."""
     timeout_s: float = 10.0
@@ -239,6 +246,13 @@ class PolicyConf(Node):
     """Rows of logits held at once by the reference log-prob."""
     control_timeout_s: float = 1800.0
     """Deadline of waits on the control group."""
+
+
+class Memory(Node):
+    check: Literal["refuse", "warn", "off"] = "refuse"
+    """Before start, where the predicted peak (`doctor CONFIG` lists it) does not fit the device: refuse, say so and go on, or do not look."""
+    fraction: float = 0.9
+    """Share of a GPU's memory, or of the host's free memory on a CPU, that the plan may fill; the rest is for contexts, buffers of the collectives, gaps."""
 
 
 class Sft(Node):
@@ -305,6 +319,7 @@ class Config(Node):
     optim: Optim = Optim()
     parallel: Parallel = Parallel()
     policy: PolicyConf = PolicyConf()
+    memory: Memory = Memory()
     sft: Sft = Sft()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
@@ -359,8 +374,9 @@ def check(config: Config, world_size: int = 1) -> None:
     for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
         if not (_get(c, key) > 0 or (key == "trust.alpha" and c.trust.alpha == 0)):
             raise UserError(f"{key} = {_get(c, key)}: must be greater than 0")
-    if not 0 < c.thinking.quorum <= 1:
-        raise UserError(f"thinking.quorum = {c.thinking.quorum}: must lie in (0, 1]")
+    for key in ("thinking.quorum", "memory.fraction"):
+        if not 0 < _get(c, key) <= 1:
+            raise UserError(f"{key} = {_get(c, key)}: must lie in (0, 1]")
     model_parallel = p.tensor * p.pipeline * p.context
     if world_size % model_parallel:
         raise UserError(f"parallel.tensor x pipeline x context = {model_parallel} does not divide the {world_size} processes that torchrun started")
@@ -409,6 +425,7 @@ def _check_rl(c: Config, replicas: int, world_size: int) -> None:
     if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
         holder = "debug.replay starts no engine" if c.debug.replay else "rollout.engine: inline shares the trainer's process"
         raise UserError(f"rollout.staleness = {c.rollout.staleness}, but {holder}; sampling ahead needs rollout.engine: server")
+    _check_sampling(c)
     if c.algorithm.sigma_filter is not None and c.algorithm.normalize != "batch":
         raise UserError("algorithm.sigma_filter needs algorithm.normalize: batch")
     for key in ("kl_coef", "clip_low", "clip_high", "entropy_coef"):
@@ -444,6 +461,23 @@ def _check_engines(r: Rollout, replicas: int) -> None:
                         f"need {needed} different GPUs")
     if r.gpus and r.transfer == "ipc":
         raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
+
+
+def _check_sampling(c: Config) -> None:
+    """Dynamic sampling and the overlong penalty."""
+    r, longest = c.rollout, c.rollout.max_new_tokens if c.rewards.overlong_max is None else c.rewards.overlong_max
+    if r.resample < 0:
+        raise UserError(f"rollout.resample = {r.resample}: must be at least 0")
+    if r.resample and r.staleness:
+        raise UserError(f"rollout.resample = {r.resample} needs rollout.staleness: 0 (it is {r.staleness}): a step that is sampled ahead is not yet scored")
+    if r.resample and (c.debug.record or c.debug.replay):
+        raise UserError(f"rollout.resample = {r.resample}: debug.record and debug.replay keep one round of responses a step; set rollout.resample=0")
+    if r.resample and c.algorithm.normalize not in ("std", "mean"):
+        raise UserError(f"rollout.resample = {r.resample} needs algorithm.normalize: std or mean (it is {c.algorithm.normalize}): "
+                        "only there has a group without signal advantage 0")
+    if not 0 <= c.rewards.overlong_cache <= longest or longest > r.max_new_tokens:
+        raise UserError(f"rewards.overlong_cache = {c.rewards.overlong_cache}, rewards.overlong_max = {longest}: "
+                        f"expected 0 <= cache <= max <= rollout.max_new_tokens ({r.max_new_tokens})")
 
 
 def dump(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Whether a configuration fits this machine: its model, data, layout and memory."""
+"""Whether a configuration fits this machine: its model, data, layout and memory, as rows of the doctor's table."""
 from __future__ import annotations
 
 import json
@@ -6,25 +6,25 @@ import math
 import os
 from pathlib import Path
 
-import psutil
-
 import sophiavl_fast
 from sophiavl_fast import config as tree
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError, nearest
-from sophiavl_fast.monitor.checks import GIB, Row
+from sophiavl_fast.monitor import budget, shapes
+from sophiavl_fast.monitor.checks import Row
 
 PACKAGED_REGISTRY = Path(sophiavl_fast.__file__).parent / "data" / "dataset_info.json"
 
 
 def rows(config: Config, gpus: list[dict]) -> list[Row]:
-    """One row each for the model, every dataset, the layout and the memory of a rank."""
+    """One row each for the model, every dataset, the layout, the memory of each pipeline stage's ranks, and the engine's."""
     world = int(os.environ.get("WORLD_SIZE", 0)) or max(1, len(gpus) if config.device != "cpu" else 1)
-    parameters = count_parameters(Path(config.model.path))
-    out = [_model(config, parameters), *_datasets(config), _layout(config, world)]
-    if parameters and out[-1].status == "OK":
-        out.append(_memory(config, parameters, world, gpus if config.device != "cpu" else []))
-    return out
+    out = [_model(config), *_datasets(config), _layout(config, world)]
+    try:
+        sizes = shapes.read(config.model.path)
+    except UserError as error:
+        return [*out, Row("memory of a rank", "WARN", str(error), "the plan needs the model's sizes")] if out[0].status != "FAIL" else out
+    return out + _memory(config, sizes, world, gpus) if out[-1].status == "OK" else out
 
 
 def count_parameters(folder: Path) -> int:
@@ -37,22 +37,9 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
-def rank_bytes(config: Config, parameters: int, world: int) -> dict[str, float]:
-    """Bytes that the policy holds on one rank: weights, fp32 gradients, AdamW state (its share of the replicas), reference.
-
-    Parameters are taken as spread evenly over tensor and pipeline ranks. Activations are not counted.
-    """
-    half = config.model.dtype == "bfloat16"
-    model_parallel = config.parallel.tensor * config.parallel.pipeline
-    mine, replicas = parameters / model_parallel, world // model_parallel
-    weights = mine * (2 if half else 4)
-    moments = mine * (12 if half else 8) / replicas  # two fp32 moments, with bf16 weights an fp32 copy too
-    reference = weights if config.recipe == "rl" and config.algorithm.kl_coef > 0 and not config.policy.offload_reference else 0.0
-    return {"weights": weights, "gradients": 4 * mine, "optimizer": moments, "reference": reference}
-
-
-def _model(config: Config, parameters: int) -> Row:
+def _model(config: Config) -> Row:
     folder = Path(config.model.path)
+    parameters = count_parameters(folder)
     if not folder.is_dir():
         return Row("model", "FAIL", f"'{folder}' does not exist", "model.path names a Hugging Face folder on disk")
     try:
@@ -98,18 +85,26 @@ def _layout(config: Config, world: int) -> Row:
     return Row("layout", "OK", f"{world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {world // (p.tensor * p.pipeline)}")
 
 
-def _memory(config: Config, parameters: int, world: int, gpus: list[dict]) -> Row:
-    parts = rank_bytes(config, parameters, world)
-    need = sum(parts.values()) / GIB
-    if gpus:
-        engine = config.recipe == "rl" and not config.rollout.urls
-        have = min(g["gib"] for g in gpus) * (1 - config.rollout.gpu_memory_utilization * engine)
-        where = "of a GPU beside the rollout engine" if engine else "of a GPU"
-    else:
-        have, where = psutil.virtual_memory().available / GIB / world, "of host memory a rank"
-    text = f"{need:.2f} GiB a rank ({', '.join(f'{k} {v / GIB:.2f}' for k, v in parts.items() if v)}) in {have:.1f} GiB {where}"
-    if need > have:
-        return Row("policy memory", "FAIL", text, "raise parallel.tensor or the number of GPUs, or set policy.offload_reference=true")
-    if need > 0.75 * have:
-        return Row("policy memory", "WARN", text, "little is left for activations: lower policy.tokens_per_row or set policy.recompute=true")
-    return Row("policy memory", "OK", text)
+def _memory(config: Config, sizes: shapes.Sizes, world: int, gpus: list[dict]) -> list[Row]:
+    """A row for each pipeline stage with its predicted peak by item, and one for an engine on the same GPU."""
+    device = budget.device_of(config, gpus, world)
+    found, have = budget.needs(config, sizes, world, device), config.memory.fraction * device.bytes
+    hint = "" if budget.fits(found, config, device) else budget.advice(config, sizes, world, device)
+    out = []
+    for need in found:
+        name = "memory of a rank" if len(found) == 1 else f"memory, stage {need.stage}"
+        text = f"{need.text()} in {budget.gib(have)} ({config.memory.fraction:g} of its {device.name})"
+        over = need.bytes > have
+        status = ("FAIL" if config.memory.check == "refuse" else "WARN") if over else "OK"
+        out.append(Row(name, status, text, f"{hint}; train obeys memory.check" if over else ""))
+    return out + _engine(config, sizes, device)
+
+
+def _engine(config: Config, sizes: shapes.Sizes, device: budget.Device) -> list[Row]:
+    taken = budget.engine(config, sizes, device)
+    if not taken or not device.cuda:
+        return []
+    weights = sizes.total * (2 if config.model.dtype == "bfloat16" else 4) / config.rollout.tensor_parallel
+    text = f"weights {budget.gib(weights)} GiB in the {budget.gib(taken)} that it takes; the rest, less its activations, is key-value cache"
+    hint = "raise rollout.gpu_memory_utilization or rollout.tensor_parallel"
+    return [Row("engine memory", "FAIL" if weights > taken else "OK", text, hint if weights > taken else "")]

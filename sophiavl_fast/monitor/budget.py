@@ -1,0 +1,189 @@
+"""The memory plan against a device: what a run needs beside the policy, whether it fits, and the nearest configuration that does."""
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+
+from sophiavl_fast import config as tree
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.monitor import plan, shapes
+from sophiavl_fast.monitor.shapes import Sizes
+
+GIB = 2**30
+# Resident memory before any tensor of the model, seen on a CPU: a trainer's process with its libraries, and a vLLM server's two (or one inline).
+TRAINER_BASE, ENGINE_BASE = 0.65 * GIB, 1.4 * GIB
+CPU_KV_CACHE, CPU_BLOCK = 2**30, 128      # as rollout/arguments.py sizes the CPU engine's cache
+MOST_PROCESSES = 64                        # of the layouts that are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What each rank has: bytes of its GPU, or its share of the host's free memory."""
+
+    cuda: bool
+    bytes: float
+    logprob: str
+
+    @property
+    def name(self) -> str:
+        return "GPU" if self.cuda else "share of the free host memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """The worst rank of a stage: its largest phase, and all that is on its device then."""
+
+    stage: int
+    phase: str
+    items: dict[str, float]
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.items.values())
+
+    def text(self) -> str:
+        """Total, phase and items in GiB; what is below a hundredth of the whole is left out."""
+        parts = sorted(((k, v) for k, v in self.items.items() if v > 0.01 * self.bytes), key=lambda entry: -entry[1])
+        return f"{gib(self.bytes)} GiB at its peak ({self.phase}: {', '.join(f'{k} {gib(v)}' for k, v in parts)})"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB else f"{size / GIB:.2g}"
+
+
+def device_of(config: Config, gpus: list[dict], processes: int) -> Device:
+    """gpus: dicts with `gib`, those of this machine; empty, or device: cpu, for the host. processes: ranks on this machine."""
+    if gpus and config.device != "cpu":
+        return Device(True, min(g["gib"] for g in gpus) * GIB, "triton")
+    return Device(False, psutil.virtual_memory().available / processes, _cpu_logprob(config))
+
+
+def _cpu_logprob(config: Config) -> str:
+    try:
+        import torch
+
+        from sophiavl_fast.kernels.dispatch import resolve
+
+        return resolve("linear_logprob", "auto", torch.device("cpu"), getattr(torch, config.model.dtype))
+    except (ImportError, ValueError):  # the doctor says elsewhere what is wrong
+        return "reference"
+
+
+def needs(config: Config, sizes: Sizes, world: int, device: Device) -> list[Need]:
+    """One entry for each pipeline stage, engine and libraries included."""
+    row = plan.fullest_row(config, sizes)
+    replicas = world // (config.parallel.tensor * config.parallel.pipeline)
+    found = []
+    for stage in range(config.parallel.pipeline):
+        phase, items = plan.peak(config, sizes, row, plan.Place(stage=stage, replicas=replicas, cuda=device.cuda, logprob=device.logprob))
+        items = items | {"engine": engine(config, sizes, device) * (device.cuda or stage == 0), "libraries": 0 if device.cuda else TRAINER_BASE}
+        found.append(Need(stage, phase, items))
+    return found
+
+
+def engine(config: Config, sizes: Sizes, device: Device) -> float:
+    """Bytes that a rollout engine on the same device takes: its share of a GPU; on a CPU weights, cache and libraries. 0: it is elsewhere."""
+    if config.recipe != "rl" or config.rollout.urls or config.debug.replay:
+        return 0
+    if device.cuda:
+        return config.rollout.gpu_memory_utilization * device.bytes
+    return plan.bytes_of(config) * sizes.total + kv_cache(config, sizes) + ENGINE_BASE
+
+
+def kv_cache(config: Config, sizes: Sizes) -> float:
+    """Of the CPU engine: as much as its sequences at full length can fill, up to a GiB."""
+    m, length = sizes.language, config.rollout.max_model_len or config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    blocks = 1 + config.rollout.max_num_seqs * -(-length // CPU_BLOCK)
+    return min(CPU_KV_CACHE, blocks * CPU_BLOCK * 2 * m.layers * m.key * plan.bytes_of(config))
+
+
+def fits(found: list[Need], config: Config, device: Device) -> bool:
+    return max(n.bytes for n in found) <= config.memory.fraction * device.bytes
+
+
+def require(config: Config, world: int, device: Device | None = None) -> None:
+    """Refuse (UserError) or warn of, by memory.check, a run whose predicted peak does not fit; models that the plan cannot read are left to the policy."""
+    if config.memory.check == "off":
+        return
+    try:
+        sizes = shapes.read(config.model.path)
+    except UserError:
+        return
+    device = device or _this_device(config)
+    found = needs(config, sizes, world, device)
+    if fits(found, config, device):
+        return
+    worst, rest = max(found, key=lambda n: n.bytes), advice(config, sizes, world, device)
+    have = gib(config.memory.fraction * device.bytes)
+    line = (f"does not fit: a rank of pipeline stage {worst.stage} needs {worst.text()}, but has {have} "
+            f"(memory.fraction {config.memory.fraction:g} of its {device.name}, {gib(device.bytes)} GiB); {rest}")
+    if config.memory.check == "refuse":
+        raise UserError(f"{line}; memory.check=warn starts all the same")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sophiavl-fast: {line}", file=sys.stderr, flush=True)
+
+
+def _this_device(config: Config) -> Device:
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = [{"gib": torch.cuda.get_device_properties(i).total_memory / GIB} for i in range(torch.cuda.device_count())] if config.device != "cpu" else []
+    return device_of(config, gpus, local)
+
+
+def advice(config: Config, sizes: Sizes, world: int, device: Device) -> str:
+    """The change with the least cost that fits, as overrides; or that none of those tried does."""
+    best: tuple[float, str, float] | None = None
+    for cost, changes, processes, other in _neighbours(config, sizes, world, device):
+        if best is None or cost < best[0]:
+            found = needs(other, sizes, processes, device)
+            if fits(found, other, device):
+                more = f" on {processes} processes" if processes != world else ""
+                best = cost, f"{' '.join(changes)}{more}", max(n.bytes for n in found)
+    if best is None:
+        return f"no layout of up to {MOST_PROCESSES} such devices fits either: take fewer or shorter responses, smaller images or a smaller model"
+    return f"{best[1]} would fit with {gib(best[2])} GiB a rank"
+
+
+def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Iterator[tuple[float, list[str], int, Config]]:
+    """(cost, overrides, processes, configuration): options before layouts before more processes."""
+    p, options = config.parallel, config.policy
+    rows = [options.tokens_per_row >> i for i in range(options.tokens_per_row.bit_length()) if i == 0 or options.tokens_per_row >> i >= 512]
+    processes = [world] if not device.cuda else [world * 2**i for i in range(7) if world * 2**i <= MOST_PROCESSES]
+    layouts = itertools.product(processes, (1, 2, 4, 8), (1, 2, 4, 8), {p.sequence, True})
+    for (count, t, s, sequence), recompute, offload, tokens in itertools.product(
+            layouts, {options.recompute, True}, {options.offload_reference, options.offload_reference or device.cuda}, rows):
+        wanted = {"parallel.tensor": (p.tensor, t), "parallel.pipeline": (p.pipeline, s), "parallel.sequence": (p.sequence, sequence),
+                  "policy.recompute": (options.recompute, recompute), "policy.offload_reference": (options.offload_reference, offload),
+                  "policy.tokens_per_row": (options.tokens_per_row, tokens)}
+        changes = [f"{key}={str(new).lower()}" for key, (old, new) in wanted.items() if old != new]
+        if not changes and count == world:
+            continue
+        other = config.model_copy(update={
+            "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": None, "stages": p.stages if s == p.pipeline else None}),
+            "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "tokens_per_row": tokens})})
+        if _possible(other, sizes, count):
+            steps = abs(t.bit_length() - p.tensor.bit_length()) + 1.5 * abs(s.bit_length() - p.pipeline.bit_length())
+            shorter = options.tokens_per_row.bit_length() - tokens.bit_length()
+            cost = steps + 0.5 * (sequence != p.sequence) + (recompute != options.recompute) + 0.5 * (offload != options.offload_reference) + 0.6 * shorter
+            yield cost + 8 * (count // world - 1), changes, count, other
+
+
+def _possible(config: Config, sizes: Sizes, world: int) -> bool:
+    """Whether the layout can run this model at all."""
+    m, p = sizes.language, config.parallel
+    if m.heads % p.tensor or m.key_heads % p.tensor or m.ffn % p.tensor or (p.stages is None and m.layers % p.pipeline):
+        return False
+    if shapes.layers_of(m.layers, p)[0] < sizes.vision.deepstack:
+        return False
+    try:
+        tree.check(config, world)
+    except UserError:
+        return False
+    return True

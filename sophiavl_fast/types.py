@@ -74,7 +74,8 @@ class Scores:
 
     outcome [B] fp32 in the task's own range; format_ok [B] bool; thinking [B] or [B, K] fp32, NaN: not scored,
     None: the thinking reward is off; reasons: one line for every NaN or killed grader, keyed by row; killed: outcomes
-    that are 0 because their grader hung, crashed or ran out of memory (metric reward/grader_killed).
+    that are 0 because their grader hung, crashed or ran out of memory (metric reward/grader_killed). overlong [B] fp32 in [-1, 0]: the
+    length penalty that is added to the outcome but says nothing of its correctness; None: there is none.
     """
 
     outcome: Tensor
@@ -82,6 +83,7 @@ class Scores:
     thinking: Tensor | None = None
     reasons: dict[int, str] = field(default_factory=dict)
     killed: int = 0
+    overlong: Tensor | None = None
     seconds: float = 0.0
 
 

@@ -1,7 +1,8 @@
 """Trust-GRPO's advantages (SophiaVL-R1, arXiv 2505.17018, sec. 3.4) and the metrics that show what trust did.
 
 reward = outcome + gamma * alpha * anneal(step) * thinking. The statistics are `sophiavl_fast.kernels.trust_advantage`;
-here the configuration meets them. With the thinking reward off this is plain GRPO, to the bit.
+here the configuration meets them. With the thinking reward off this is plain GRPO, to the bit. A length penalty (DAPO) is a
+further term of the reward; whether a response counts as correct, and so gamma, depends on the outcome alone.
 """
 from __future__ import annotations
 
@@ -41,16 +42,23 @@ def advantages(scores: Scores, sizes: list[int], step: int, config: Config) -> t
         outcome, given, boundaries, alpha=config.trust.alpha, anneal=anneal, threshold=config.trust.threshold,
         mode="off" if thinking is None else config.trust.mode, uniform=config.trust.uniform_groups, quorum=config.thinking.quorum,
         normalize=config.algorithm.normalize, sigma_filter=config.algorithm.sigma_filter)
+    bonus = torch.zeros_like(outcome) if scores.overlong is None else scores.overlong.to(outcome)
+    if scores.overlong is not None:  # the thinking term as it was found, on an outcome that now holds the penalty
+        again = trust_advantage(
+            outcome + bonus, trust.reward - outcome, boundaries, alpha=1.0, anneal=1.0, threshold=config.trust.threshold, mode="off",
+            uniform=config.trust.uniform_groups, quorum=1.0, normalize=config.algorithm.normalize, sigma_filter=config.algorithm.sigma_filter)
+        trust = Trust(again.advantage, again.reward, trust.gamma, trust.used)
     scored = ~(given if given.dim() == 1 else given.sum(1)).isnan()
     row_group = torch.repeat_interleave(torch.tensor(sizes, device=outcome.device))
     return trust, {
         "trust/gamma": _mean_gamma(trust, outcome >= config.trust.threshold, scored, row_group, len(sizes), config),
         "trust/weight": config.trust.alpha * anneal,
-        "trust/uniform_share": _uniform_share(trust.advantage, outcome, row_group, len(sizes)),
+        "trust/uniform_share": _uniform_share(trust.advantage, outcome + bonus, row_group, len(sizes)),
         "reward/total": trust.reward.mean().item(),
         "reward/outcome": outcome.mean().item(),
         "reward/thinking": given[scored].mean().item(),
         "trust/rank_corr": _rank_correlation(given if given.dim() == 1 else given.mean(1), outcome, scored),
+        **({} if scores.overlong is None else {"reward/overlong": bonus.mean().item()}),
         "reward/unscored": 0.0 if thinking is None else (~scored).float().mean().item(),
     }
 

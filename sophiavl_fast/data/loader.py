@@ -6,35 +6,40 @@ cannot be used (data.on_error: skip) is replaced at its own position, so that th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from sophiavl_fast.config import Config
 from sophiavl_fast.data.check import check_before_training
 from sophiavl_fast.data.dataset import BadRecord, Dataset
-from sophiavl_fast.data.order import Order
+from sophiavl_fast.data.order import Order, at
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.types import Prompt
 
+Weights = list[float | list[list[float]]]
 _ATTEMPTS = 100  # unusable records in a row, at one position, before the stream gives up
 
 
 class Loader:
     """`next(count)` is the stream. `skipped` counts unusable records that this replica met (data.on_error: skip)."""
 
-    def __init__(self, datasets: list[Dataset], weights: list[float] | None, processor: Processor, config: Config, seed: int) -> None:
+    def __init__(self, datasets: list[Dataset], weights: Weights | None, processor: Processor, config: Config, seed: int) -> None:
         self._datasets, self._weights, self._seed = datasets, weights, seed
         self._processor, self._data = processor, config.data
-        self._order = Order([len(d) for d in datasets], weights, seed=seed, shuffle=config.data.shuffle)
+        self._per_step = config.rollout.prompts_per_step if config.recipe == "rl" else config.sft.batch_size
+        self._order = Order([len(d) for d in datasets], weights, seed=seed, shuffle=config.data.shuffle, per_step=self._per_step)  # type: ignore[arg-type]
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="data")
         self._ahead: dict[int, Future[tuple[Prompt, int]]] = {}
         self._cursor = self.skipped = 0
 
     @classmethod
-    def open(cls, config: Config, processor: Processor, *, names: str | Mapping[str, float] | None = None, seed: int | None = None) -> Loader:
-        """Open and mix `names` (data.train): a comma-separated list joins sets, name -> weight draws from them.
+    def open(cls, config: Config, processor: Processor, *, names: str | Mapping[str, float | Mapping[int, float]] | None = None,
+             seed: int | None = None) -> Loader:
+        """Open and mix `names` (data.train): a comma-separated list joins sets, name -> weight (or its curriculum) draws from them.
 
         The first rank checks the records by data.check. Raises UserError; BadRecord for a record that data.on_error refuses.
         """
@@ -57,9 +62,17 @@ class Loader:
         if count % replicas:
             raise UserError(f"{count} prompts do not divide over {replicas} replicas")
         share = count // replicas
-        first = self._cursor + replica * share
-        wanted = range(first, first + share)
-        for position in [*wanted, *range(first + count, first + count + share)]:  # this share, and the next one ahead of its time
+        ahead = self._cursor + count + replica * share
+        return self._given(range(self._cursor + replica * share, self._cursor + (replica + 1) * share), range(ahead, ahead + share), count)
+
+    def fresh(self, counts: Sequence[int], *, replica: int = 0) -> list[Prompt]:
+        """counts[replica] further prompts of the stream; every replica's cursor moves by sum(counts)."""
+        first = self._cursor + sum(counts[:replica])
+        return self._given(range(first, first + counts[replica]), range(0), sum(counts))
+
+    def _given(self, wanted: range, soon: range, count: int) -> list[Prompt]:
+        """The prompts of `wanted` positions, those of `soon` begun; the cursor moves by `count`."""
+        for position in [*wanted, *soon]:
             if position not in self._ahead:
                 self._ahead[position] = self._pool.submit(self._prepare, position, *self._order.at(position))
         prompts = []
@@ -79,8 +92,8 @@ class Loader:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, with any number of replicas. Raises UserError where data, weights, seed or order are not the same."""
         for key, value in self._identity().items():
-            if state[key] != value:
-                raise UserError(f"the checkpoint's data stream had {key} = {state[key]}, this run has {value}; restore it or start a new run.dir")
+            if state.get(key) != value:
+                raise UserError(f"the checkpoint's data stream had {key} = {state.get(key)}, this run has {value}; restore it or start a new run.dir")
         self._cursor, self.skipped = state["cursor"], state["skipped"]
 
     def close(self) -> None:
@@ -91,7 +104,9 @@ class Loader:
             dataset.close()
 
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": [[d.name, len(d)] for d in self._datasets], "weights": self._weights}
+        found = {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": [[d.name, len(d)] for d in self._datasets], "weights": self._weights}
+        changing = any(isinstance(w, list) for w in self._weights or ())
+        return found | ({"prompts_per_step": self._per_step} if changing else {})   # the steps of a curriculum are counted in it
 
     def _prepare(self, position: int, index: int, row: int) -> tuple[Prompt, int]:
         """The prompt of a position and how many unusable records stood in its way. Runs in a thread."""
@@ -106,17 +121,36 @@ class Loader:
         raise BadRecord(f"{last} (the last of {_ATTEMPTS} unusable records in a row)")
 
 
-def parse_mix(names: str | Mapping[str, float]) -> tuple[list[str], list[float] | None]:
-    """Dataset names and their weights; None joins the sets by size. Raises UserError for an empty or repeated name or a weight <= 0."""
+def parse_mix(names: str | Mapping[str, float | Mapping[int, float]]) -> tuple[list[str], Weights | None]:
+    """Dataset names and their weights, curricula as [[step, weight], ...]; None joins the sets by size.
+
+    Raises UserError for an empty or repeated name, a weight <= 0, or a curriculum that is empty, negative or leaves nothing to draw.
+    """
     chosen = [n.strip() for n in (names.split(",") if isinstance(names, str) else names)]
     if not all(chosen) or len(set(chosen)) < len(chosen):
         raise UserError(f"data.train = {names!r}: expected different dataset names")
     if isinstance(names, str):
         return chosen, None
-    for name, weight in names.items():
+    weights = [_weight(name, weight) for name, weight in names.items()]
+    steps = np.array(sorted({step for w in weights if isinstance(w, list) for step, _ in w} or {0}))
+    total = sum(at(w, steps) for w in weights)  # type: ignore[arg-type]
+    if not (total > 0).all():  # linear in between, so that the points decide
+        raise UserError(f"data.train: at step {steps[total <= 0][0]:g} every dataset has weight 0: nothing could be drawn")
+    return chosen, weights
+
+
+def _weight(name: str, weight: float | Mapping[int, float]) -> float | list[list[float]]:
+    if not isinstance(weight, Mapping):
         if not weight > 0:
             raise UserError(f"data.train: weight of '{name}' is {weight}; must be greater than 0")
-    return chosen, [float(w) for w in names.values()]
+        return float(weight)
+    points = [[int(step), float(value)] for step, value in sorted(weight.items())]
+    if not points:
+        raise UserError(f"data.train: the curriculum of '{name}' is empty; expected {{step: weight, ...}}")
+    for step, value in points:
+        if step < 0 or not 0 <= value < float("inf"):
+            raise UserError(f"data.train: the curriculum of '{name}' has weight {value:g} at step {step}; both must be at least 0")
+    return points
 
 
 def open_eval(config: Config, processor: Processor) -> list[Prompt]:

@@ -137,9 +137,9 @@ def joined(parts: list[tuple[Scores, list[int], int]]) -> Step:
     for scores, _, _ in parts:
         firsts.append(firsts[-1] + len(scores.outcome))
     each = [s for s, _, _ in parts]
-    thinking = [s.thinking for s in each if s.thinking is not None]
+    thinking, overlong = ([x for x in parts if x is not None] for parts in ([s.thinking for s in each], [s.overlong for s in each]))
     return Step(
         Scores(outcome=torch.cat([s.outcome for s in each]), format_ok=torch.cat([s.format_ok for s in each]),
-               thinking=torch.cat(thinking) if thinking else None, killed=sum(s.killed for s in each),
+               thinking=torch.cat(thinking) if thinking else None, overlong=torch.cat(overlong) if overlong else None, killed=sum(s.killed for s in each),
                reasons={first + row: why for first, s in zip(firsts, each) for row, why in s.reasons.items()}),
         [n for _, sizes, _ in parts for n in sizes], firsts, sum(skipped for _, _, skipped in parts))

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from sophiavl_fast import types
-from sophiavl_fast.algorithms import losses, trust
+from sophiavl_fast.algorithms import losses
 from sophiavl_fast.config import Config
 from sophiavl_fast.data import open_eval
 from sophiavl_fast.data.loader import Loader
@@ -31,7 +31,7 @@ from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
-from sophiavl_fast.recipes import ranks, samples, setup
+from sophiavl_fast.recipes import ranks, samples, sampling, setup
 from sophiavl_fast.recipes.ahead import Ahead
 from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.rewards import Rewards
@@ -59,11 +59,11 @@ class Rooms:
         """This replica's prompts of the next step."""
         return self.loader.next(self.config.rollout.prompts_per_step, replica=self.policy.replica, replicas=self.policy.replicas)
 
-    def generate(self, prompts: list[types.Prompt], step: int, on_group: Callable[[types.Group], None] | None = None) -> list[types.Group]:
-        """Their groups."""
-        r = self.config.rollout
-        return self.rollout.generate(prompts, n=r.n, step=step, seed=self.config.run.seed, temperature=r.temperature,
-                                     max_new_tokens=r.max_new_tokens, on_group=on_group)
+    def generate(self, prompts: list[types.Prompt], step: int, on_group: Callable[[types.Group], None] | None = None, turn: int = 0) -> list[types.Group]:
+        """Their groups; `turn` counts the rounds of dynamic sampling within a step, so that a prompt that comes again is answered anew."""
+        r, seed = self.config.rollout, self.config.run.seed
+        return self.rollout.generate(prompts, n=r.n, step=step, seed=derive_seed(seed, "resample", turn) if turn else seed,
+                                     temperature=r.temperature, max_new_tokens=r.max_new_tokens, on_group=on_group)
 
 
 def train(config: Config) -> int:
@@ -169,16 +169,17 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
             metrics |= ahead_metrics(groups, step, busy)
         elif rooms.rewards:
             groups = rooms.generate(rooms.draw(), step, rooms.rewards.start)
-        rooms.rollout.end_round()
     with phase("reward") as reward:
         if rooms.rewards:
-            scores = rooms.rewards.score(groups)
-            # statistics and metrics are over the whole step, whichever replica drew a group
-            everyone = ranks.joined(policy.gather_replicas((scores, [len(g.responses) for g in groups], rooms.loader.skipped)))
-            weighted, found = trust.advantages(everyone.scores, everyone.sizes, step - 1, config)
-            metrics |= found
-            mine = everyone.rows(policy.replica)
-            advantage = weighted.advantage[mine]
+            seen = sampling.judged(rooms, groups, rooms.rewards.score(groups), step)
+    if rooms.rewards:
+        if config.rollout.resample:
+            seen, more_rollout, more_reward = sampling.resampled(rooms, seen, step)
+            rollout.seconds, reward.seconds = rollout.seconds + more_rollout, reward.seconds + more_reward
+        groups, mine = seen.groups, seen.everyone.rows(policy.replica)
+        metrics |= seen.metrics
+        advantage = seen.weighted.advantage[mine]
+    rooms.rollout.end_round()
     with phase("update") as updating:
         if not config.debug.rollout_only:
             metrics |= update(rooms, groups, advantage, step)
@@ -188,13 +189,13 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
             metrics["rollout/probe_diff_max"] = probe(rooms, groups[:1], step)
     if not rooms.rewards:
         return {}, []
-    rows = samples.rows(groups, scores, weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
+    rows = samples.rows(groups, seen.scores, seen.weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
     parts = policy.gather_replicas((rows, rooms.rollout.counters()))
     rows = [row for part, _ in parts for row in part]
     lengths = samples.length_metrics(rows)
     memory.release()
     metrics |= lengths | ranks.engine_metrics(sent, [found for _, found in parts]) | memory.metrics() | {
-        "reward/grader_killed": everyone.scores.killed, "data/skipped": everyone.skipped,
+        "reward/grader_killed": seen.everyone.scores.killed, "data/skipped": seen.everyone.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / rollout.seconds, "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,
         "time/rollout_s": rollout.seconds, "time/reward_s": reward.seconds, "time/update_s": updating.seconds,
         "time/transfer_s": transfer.seconds, "time/step_s": time.perf_counter() - started,

@@ -24,7 +24,7 @@ def rows(groups: list[Group], scores: Scores, weighted: Any, mine: slice, trust_
                 "id": group.prompt.id, "step": step, "group": index, "prompt": group.prompt.question, "images": group.prompt.image_paths,
                 "gold": group.prompt.gold, "problem_type": group.prompt.problem_type, "response": response.text,
                 "prompt_tokens": len(group.prompt.expanded_ids), "response_tokens": len(response.token_ids), "finish_reason": response.finish_reason,
-                "outcome": outcome, "format_ok": bool(scores.format_ok[row]),
+                "outcome": outcome, "overlong": None if scores.overlong is None else scores.overlong[row].item(), "format_ok": bool(scores.format_ok[row]),
                 "thinking": None if thinking is None or math.isnan(thinking) else thinking,
                 "total": total[row], "gamma": _finite(gamma[row]), "thinking_used": used[row], "trust_weight": trust_weight, "advantage": advantage[row],
                 "uniform": min(outcomes) == max(outcomes), "sound": accuracy.sound(group.prompt, response.text),

@@ -9,6 +9,7 @@ import torch
 from sophiavl_fast.config import Config
 from sophiavl_fast.rewards.outcome import OutcomeScorer
 from sophiavl_fast.rewards.outcome import Pending as Outcomes
+from sophiavl_fast.rewards.overlong import overlong
 from sophiavl_fast.rewards.thinking import Case, Judge, open_judge
 from sophiavl_fast.types import Group, Scores, derive_seed
 
@@ -52,6 +53,7 @@ class Rewards:
         scores = self._outcome.finish([entry for s in started for entry in s.outcomes])
         if self._judge is not None:
             self._think(self._judge, started, scores)
+        scores.overlong = overlong(groups, self._config)
         scores.seconds = time.perf_counter() - began
         return scores
 

@@ -1,6 +1,7 @@
 """The stream: a pure function of (seed, position), whatever the threads, replicas and restarts."""
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -233,3 +234,88 @@ def test_open_eval(store, processor, ten, flawed):
     assert names("flawed", on_error="skip") == [f"flawed:{i}" for i in range(12) if i % 3]
     with pytest.raises(BadRecord, match=r"flawed.jsonl:1: "):
         names("flawed")
+
+
+# -- curricula, and prompts beside a step's own
+
+
+def brute_draws(weights, sizes, seed, per_step, count):
+    """Sets by position from the definition: the first set whose cumulated share of that step exceeds the position's number."""
+    import numpy as np
+
+    from sophiavl_fast.types import derive_seed
+
+    def value(w, step):
+        if not isinstance(w, list):
+            return float(w)
+        if step <= w[0][0]:
+            return w[0][1]
+        for (s0, v0), (s1, v1) in pairwise(w):
+            if step <= s1:
+                return v0 + (v1 - v0) * (step - s0) / (s1 - s0)
+        return w[-1][1]
+
+    found = []
+    for position in range(count):
+        if position % 4096 == 0:
+            numbers = np.random.default_rng(derive_seed(seed, "mix", position // 4096)).random(4096)
+        shares = [value(w, position // per_step) for w in weights]
+        point, so_far = numbers[position % 4096] * sum(shares), 0.0
+        for index, share in enumerate(shares):
+            so_far += share
+            if point < so_far:
+                break
+        found.append(index)
+    return found
+
+
+def test_a_curriculum_follows_its_definition():
+    weights = [[[0, 1.0], [200, 0.0]], [[100, 0.0], [300, 2.0], [600, 2.0]], 0.5]
+    order = Order([50, 20, 7], weights, seed=4, shuffle=True, per_step=10)
+    found = [order.at(p) for p in range(9000)]
+    assert [index for index, _ in found] == brute_draws(weights, [50, 20, 7], 4, 10, 9000)
+    assert not any(index == 1 for index, _ in found[:1010]) and not any(index == 0 for index, _ in found[2000:])
+    for index, size in enumerate((50, 20, 7)):  # each set still goes through all its records before any comes again
+        rows = [row for chosen, row in found if chosen == index]
+        assert all(sorted(rows[i:i + size]) == list(range(size)) for i in range(0, len(rows) - size, size))
+
+
+def test_a_curriculum_resumes_and_constant_points_are_a_constant_share(opened, store):
+    store.add("a", [record(i) for i in range(12)])
+    store.add("b", [record(i) for i in range(12)])
+    mix = {"a": {0: 1, 10: 0}, "b": 1}
+    whole = take(opened(mix), 30, 8)
+    assert Counter(i[0] for i in whole[:80])["a"] > 10 and not any(i[0] == "a" for i in whole[80:])
+    first = opened(mix)
+    take(first, 5, 8)
+    again = opened(mix)
+    again.load_state(json.loads(json.dumps(first.state())))
+    assert take(again, 25, 8) == whole[40:]
+    with pytest.raises(UserError, match="weights"):
+        opened({"a": {0: 1, 11: 0}, "b": 1}).load_state(first.state())
+
+
+@pytest.mark.parametrize("mix,message", [
+    ({"a": {}}, "curriculum of 'a' is empty"), ({"a": {0: -1.0}}, "weight -1 at step 0"), ({"a": {-3: 1.0}}, "at step -3"),
+    ({"a": {0: 1, 5: 0}, "b": {0: 1, 5: 0, 9: 1}}, "at step 5 every dataset has weight 0"), ({"a": {0: float("nan")}}, "weight nan"),
+])
+def test_a_curriculum_that_cannot_be_drawn_from(mix, message):
+    from sophiavl_fast.data.loader import parse_mix
+
+    with pytest.raises(UserError, match=message):
+        parse_mix(mix)
+
+
+def test_fresh_prompts_are_the_streams_next_on_all_replicas(opened, ten):
+    """Unequal counts, none included: together they are the stream without a hole, and every cursor agrees."""
+    whole = take(opened(ten), 10)
+    pair = [opened(ten) for _ in range(2)]
+    found = []
+    for counts in ([2, 1], [0, 3], [0, 0]):
+        found += [i for r, one in enumerate(pair) for i in ids(one.next(4, replica=r, replicas=2))]
+        found += [i for r, one in enumerate(pair) for i in ids(one.fresh(counts, replica=r))]
+    assert found == whole[:18]
+    assert pair[0].state() == pair[1].state()
+    alone = opened(ten)
+    alone.load_state(pair[0].state())
+    assert take(alone, 2) == whole[18:26]

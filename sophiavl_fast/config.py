@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sophiavl_fast.config_checks import check
 from sophiavl_fast.errors import UserError, nearest
 
 
@@ -363,123 +364,6 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
     return config
 
 
-def check(config: Config, world_size: int = 1) -> None:
-    """Everything that can be refused before a model loads. Raises UserError."""
-    c, p = config, config.parallel
-    for key in ("run.steps", "rollout.n", "rollout.prompts_per_step", "rollout.max_new_tokens", "parallel.tensor", "parallel.pipeline",
-                "parallel.context", "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers",
-                "rollout.engines"):
-        if _get(c, key) < 1:
-            raise UserError(f"{key} = {_get(c, key)}: must be at least 1")
-    for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
-        if not (_get(c, key) > 0 or (key == "trust.alpha" and c.trust.alpha == 0)):
-            raise UserError(f"{key} = {_get(c, key)}: must be greater than 0")
-    for key in ("thinking.quorum", "memory.fraction"):
-        if not 0 < _get(c, key) <= 1:
-            raise UserError(f"{key} = {_get(c, key)}: must lie in (0, 1]")
-    model_parallel = p.tensor * p.pipeline * p.context
-    if world_size % model_parallel:
-        raise UserError(f"parallel.tensor x pipeline x context = {model_parallel} does not divide the {world_size} processes that torchrun started")
-    replicas = world_size // model_parallel
-    if p.data is not None and p.data != replicas:
-        raise UserError(f"parallel.data = {p.data}, but {world_size} processes / (tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}) "
-                        f"leave {replicas}")
-    if p.sequence and p.tensor == 1:
-        raise UserError("parallel.sequence: true needs parallel.tensor > 1")
-    if c.recipe == "rl":
-        _check_rl(c, replicas, world_size)
-    elif c.sft.batch_size % replicas:
-        raise UserError(f"sft.batch_size = {c.sft.batch_size} does not divide over {replicas} data-parallel replicas")
-    if not c.model.path:
-        raise UserError("model.path is empty: name a Hugging Face folder")
-    if not c.data.train:
-        raise UserError("data.train is empty: name a dataset of the registry")
-
-
-def _check_rl(c: Config, replicas: int, world_size: int) -> None:
-    prompts = c.rollout.prompts_per_step
-    if prompts % replicas:
-        raise UserError(f"rollout.prompts_per_step = {prompts} does not divide over {replicas} data-parallel replicas")
-    if prompts // replicas % c.algorithm.mini_batches:
-        raise UserError(f"rollout.prompts_per_step = {prompts} (over {replicas} replicas) does not divide into "
-                        f"algorithm.mini_batches = {c.algorithm.mini_batches}")
-    if c.debug.replay:
-        if c.debug.record or c.debug.rollout_only:
-            raise UserError("debug.replay starts no engine: debug.record and debug.rollout_only have nothing to act on")
-        if c.eval.every:
-            raise UserError(f"debug.replay starts no engine, so nothing answers the held-out questions; set eval.every=0 (it is {c.eval.every})")
-    elif c.rollout.engine == "inline":
-        if world_size > 1:
-            raise UserError("rollout.engine: inline holds the engine in a single-process trainer; use server with several processes")
-        if c.rollout.urls:
-            raise UserError("rollout.urls is set, but rollout.engine is inline; use rollout.engine=server")
-        if c.rollout.transfer not in ("auto", "inproc"):
-            raise UserError(f"rollout.transfer = {c.rollout.transfer} needs rollout.engine: server; inline uses inproc")
-        if c.rollout.engines > 1 or c.rollout.gpus:
-            raise UserError("rollout.engines and rollout.gpus are for spawned servers; use rollout.engine=server")
-    elif c.rollout.transfer == "inproc":
-        raise UserError("rollout.transfer = inproc needs rollout.engine: inline")
-    _check_engines(c.rollout, replicas)
-    if c.rollout.staleness < 0:
-        raise UserError(f"rollout.staleness = {c.rollout.staleness}: must be at least 0")
-    if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
-        holder = "debug.replay starts no engine" if c.debug.replay else "rollout.engine: inline shares the trainer's process"
-        raise UserError(f"rollout.staleness = {c.rollout.staleness}, but {holder}; sampling ahead needs rollout.engine: server")
-    _check_sampling(c)
-    if c.algorithm.sigma_filter is not None and c.algorithm.normalize != "batch":
-        raise UserError("algorithm.sigma_filter needs algorithm.normalize: batch")
-    for key in ("kl_coef", "clip_low", "clip_high", "entropy_coef"):
-        if getattr(c.algorithm, key) < 0:
-            raise UserError(f"algorithm.{key} = {getattr(c.algorithm, key)}: must be at least 0")
-    for key, low in (("dual_clip", 1), ("pre_clip", 0), ("tis_cap", 0), ("mismatch_cap", 1), ("sigma_filter", 0)):
-        if (value := getattr(c.algorithm, key)) is not None and value <= low:
-            raise UserError(f"algorithm.{key} = {value}: must be greater than {low}, or null")
-    if c.algorithm.dual_clip is not None and c.algorithm.variant != "ppo":
-        raise UserError(f"algorithm.dual_clip = {c.algorithm.dual_clip} needs algorithm.variant: ppo")
-    if c.trust.anneal_steps is not None and c.trust.anneal_steps <= 0:
-        raise UserError(f"trust.anneal_steps = {c.trust.anneal_steps}: must be greater than 0, or null for run.steps")
-    if c.thinking.backend == "local" and not c.thinking.path:
-        raise UserError("thinking.backend: local needs thinking.path, the folder of the thinking reward model")
-    if c.thinking.backend == "endpoint" and not c.thinking.url:
-        raise UserError("thinking.backend: endpoint needs thinking.url (or OPENAI_API_URL)")
-    if c.thinking.backend == "endpoint" and not c.thinking.model:
-        raise UserError("thinking.backend: endpoint needs thinking.model (or REWARD_MODEL)")
-    if c.trust.mode == "variance" and c.thinking.backend != "off" and c.thinking.samples < 2:
-        raise UserError(f"trust.mode: variance needs thinking.samples > 1 (it is {c.thinking.samples})")
-    if c.eval.every and not c.data.eval:
-        raise UserError("eval.every is set, but data.eval names no dataset")
-
-
-def _check_engines(r: Rollout, replicas: int) -> None:
-    if r.max_restarts < 0:
-        raise UserError(f"rollout.max_restarts = {r.max_restarts}: must be at least 0")
-    if r.urls and (r.engines > 1 or r.gpus):
-        raise UserError("rollout.urls names servers that run already: rollout.engines and rollout.gpus have nothing to act on")
-    needed = r.engines * r.tensor_parallel * replicas
-    if r.gpus and (len(r.gpus) != needed or len(set(r.gpus)) < needed):
-        raise UserError(f"rollout.gpus = {r.gpus}: {r.engines} engines x rollout.tensor_parallel {r.tensor_parallel} x {replicas} replicas "
-                        f"need {needed} different GPUs")
-    if r.gpus and r.transfer == "ipc":
-        raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
-
-
-def _check_sampling(c: Config) -> None:
-    """Dynamic sampling and the overlong penalty."""
-    r, longest = c.rollout, c.rollout.max_new_tokens if c.rewards.overlong_max is None else c.rewards.overlong_max
-    if r.resample < 0:
-        raise UserError(f"rollout.resample = {r.resample}: must be at least 0")
-    if r.resample and r.staleness:
-        raise UserError(f"rollout.resample = {r.resample} needs rollout.staleness: 0 (it is {r.staleness}): a step that is sampled ahead is not yet scored")
-    if r.resample and (c.debug.record or c.debug.replay):
-        raise UserError(f"rollout.resample = {r.resample}: debug.record and debug.replay keep one round of responses a step; set rollout.resample=0")
-    if r.resample and c.algorithm.normalize not in ("std", "mean"):
-        raise UserError(f"rollout.resample = {r.resample} needs algorithm.normalize: std or mean (it is {c.algorithm.normalize}): "
-                        "only there has a group without signal advantage 0")
-    if not 0 <= c.rewards.overlong_cache <= longest or longest > r.max_new_tokens:
-        raise UserError(f"rewards.overlong_cache = {c.rewards.overlong_cache}, rewards.overlong_max = {longest}: "
-                        f"expected 0 <= cache <= max <= rollout.max_new_tokens ({r.max_new_tokens})")
-
-
 def dump(config: Config) -> str:
     """The resolved tree as YAML (no secrets: keys live in the environment only)."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
@@ -517,13 +401,6 @@ def _set(tree: dict[str, Any], key: str, value: Any, item: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override '{item}': '{part}' is a value, not a section")
     node[last] = value
-
-
-def _get(config: Config, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node
 
 
 def _refuse_unknown(tree: dict[str, Any], node: type[BaseModel], prefix: str, where: str) -> None:

@@ -60,7 +60,7 @@ def gib(size: float) -> str:
 def device_of(config: Config, gpus: list[dict], processes: int) -> Device:
     """gpus: dicts with `gib`, those of this machine; empty, or device: cpu, for the host. processes: ranks on this machine."""
     if gpus and config.device != "cpu":
-        return Device(True, min(g["gib"] for g in gpus) * GIB, "triton")
+        return Device(True, min(g["gib"] for g in gpus) * GIB, "reference" if config.policy.kernels == "reference" else "triton")
     return Device(False, psutil.virtual_memory().available / processes, _cpu_logprob(config))
 
 
@@ -70,7 +70,7 @@ def _cpu_logprob(config: Config) -> str:
 
         from sophiavl_fast.kernels.dispatch import resolve
 
-        return resolve("linear_logprob", "auto", torch.device("cpu"), getattr(torch, config.model.dtype))
+        return resolve("linear_logprob", config.policy.kernels, torch.device("cpu"), getattr(torch, config.model.dtype))
     except (ImportError, ValueError):  # the doctor says elsewhere what is wrong
         return "reference"
 
@@ -78,7 +78,7 @@ def _cpu_logprob(config: Config) -> str:
 def needs(config: Config, sizes: Sizes, world: int, device: Device) -> list[Need]:
     """One entry for each pipeline stage, engine and libraries included."""
     row = plan.fullest_row(config, sizes)
-    replicas = world // (config.parallel.tensor * config.parallel.pipeline)
+    replicas = world // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
     found = []
     for stage in range(config.parallel.pipeline):
         phase, items = plan.peak(config, sizes, row, plan.Place(stage=stage, replicas=replicas, cuda=device.cuda, logprob=device.logprob))
@@ -121,7 +121,7 @@ def require(config: Config, world: int, device: Device | None = None) -> None:
         return
     worst, rest = max(found, key=lambda n: n.bytes), advice(config, sizes, world, device)
     have = gib(config.memory.fraction * device.bytes)
-    line = (f"does not fit: a rank of pipeline stage {worst.stage} needs {worst.text()}, but has {have} "
+    line = (f"does not fit: a rank of pipeline stage {worst.stage} needs {worst.text()}, but has {have} GiB "
             f"(memory.fraction {config.memory.fraction:g} of its {device.name}, {gib(device.bytes)} GiB); {rest}")
     if config.memory.check == "refuse":
         raise UserError(f"{line}; memory.check=warn starts all the same")

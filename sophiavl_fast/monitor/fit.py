@@ -82,7 +82,9 @@ def _layout(config: Config, world: int) -> Row:
         tree.check(config, world)
     except UserError as error:
         return Row("layout", "FAIL", str(error), f"counted {world} processes; torchrun sets WORLD_SIZE")
-    return Row("layout", "OK", f"{world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {world // (p.tensor * p.pipeline)}")
+    share = f" × context {p.context}" if p.context > 1 else ""
+    replicas = world // (p.tensor * p.pipeline * p.context)
+    return Row("layout", "OK", f"{world} processes = tensor {p.tensor} × pipeline {p.pipeline}{share} × data {replicas}")
 
 
 def _memory(config: Config, sizes: shapes.Sizes, world: int, gpus: list[dict]) -> list[Row]:

@@ -97,8 +97,13 @@ class _Rank:
         self.trained = language + vision * (not config.model.freeze_vision)
         self.weights = self.b * (language + vision)
         self.has_reference = config.recipe == "rl" and config.algorithm.kl_coef > 0
-        # tokens of this rank where sequence parallelism has cut them: norms, residuals, layer inputs
-        self.cut = row.tokens // self.t if config.parallel.sequence else row.tokens
+        # context parallelism: this rank's part of the row; its keys are whole segments' at most, and those of segments that are cut come twice
+        share = config.parallel.context
+        self.shards = place.replicas * share
+        self.tokens, self.targets, self.scores = row.tokens // share, row.targets // share, row.scores // share
+        self.keys = row.keys if share == 1 else min(row.keys, row.keys // share + 2 * row.tokens)
+        # and of those what sequence parallelism leaves on a rank: norms, residuals, layer inputs
+        self.cut = self.tokens // self.t if config.parallel.sequence else self.tokens
         self.flash = place.cuda and self.b == 2
         self.layers = layers_of(sizes.language.layers, config.parallel)[place.stage]
         # 1F1B: a stage runs ahead of its backward passes by the stages behind it
@@ -106,7 +111,7 @@ class _Rank:
 
     def load(self) -> float:
         """megatron lays the trained weights side by side in a buffer of its own beside the loaded ones; then, under bf16, fp32 copies are made."""
-        return max(self.b * self.trained, 4 * self.trained / self.place.replicas if self.b == 2 else 0)
+        return max(self.b * self.trained, 4 * self.trained / self.shards if self.b == 2 else 0)
 
     # -- what stays
 
@@ -116,7 +121,7 @@ class _Rank:
         reference = self.b * self.trained * self.has_reference
         if self.place.cuda and self.config.policy.offload_reference:
             reference = 0
-        return {"weights": self.weights, "gradients": 4 * self.trained, "optimizer": (12 if half else 8) * self.trained / self.place.replicas,
+        return {"weights": self.weights, "gradients": 4 * self.trained, "optimizer": (12 if half else 8) * self.trained / self.shards,
                 "reference": reference, "rows": self.rows()}
 
     def rows(self) -> float:
@@ -129,24 +134,26 @@ class _Rank:
 
     def layer(self) -> float:
         """What a layer keeps for its backward pass."""
-        m, s, b = self.sizes.language, self.row.tokens, self.b
+        m, s, b = self.sizes.language, self.tokens, self.b
         a, k, f = m.query / self.t, m.key / self.t, m.ffn / self.t
-        # a norm keeps its input and output; off the GPU it is made of plain operations, which keep an fp32 input, and the fp32 normalized one
-        norm = 2 * b if self.place.cuda else 8 + b
-        kept = 2 * norm * self.cut * m.hidden
+        kept = 2 * self.norm() * self.cut * m.hidden
         if self.config.parallel.sequence and not self.place.cuda and b == 4:
             kept += 2 * b * (s - self.cut) * m.hidden            # the fp32 CPU linear keeps its gathered input, others gather it anew
         if m.qk_norm:
-            kept += (b if self.place.cuda else 8) * s * (a + k)
+            kept += (self.norm() - b) * s * (a + k)              # rope keeps nothing of what it turns
         kept += 4 * b * s * m.width                              # rope: cosines and sines, for queries and for keys
-        kept += 2 * b * self.row.keys * k + 4 * s * m.heads / self.t   # gathered keys and values; log-sum-exp
+        kept += 2 * b * self.keys * k + 4 * s * m.heads / self.t   # gathered keys and values; log-sum-exp
         kept += b * s * a * (2 if self.flash else 3)             # queries, output; where segments are padded, the output put back in order too
-        return kept + 5 * b * s * f                              # fc1's output (2 F), silu of the gate, the other half plus an offset of 0, their product
+        return kept + 3 * b * s * f                              # fc1's output (gate and up), their product
+
+    def norm(self) -> float:
+        """Bytes that a norm keeps of a number: input and output; in bf16 on a CPU plain operations keep an fp32 input and an fp32 normalized one."""
+        return 2 * self.b if self.place.cuda or self.b == 4 else 8 + self.b
 
     def masks(self) -> float:
         """Where segments go through SDPA: their masks, once a row (heads that share a key are stacked, so it is repeated for each), and indices."""
         m = self.sizes.language
-        return 0 if self.flash else self.b * self.row.scores * m.heads // m.key_heads + 8 * (2 * self.row.tokens + self.row.keys)
+        return 0 if self.flash else self.b * self.scores * m.heads // m.key_heads + 8 * (2 * self.tokens + self.keys)
 
     def language(self) -> float:
         """What one row's forward pass keeps on this stage. Under recompute, layer inputs only; `backward` adds one whole layer then."""
@@ -154,7 +161,7 @@ class _Rank:
         inputs = self.b * self.cut * m.hidden
         kept = self.layers * (inputs if recompute else self.layer()) + self.masks()
         if self.last:  # final norm, the predictors' rows
-            kept += (2 * self.b if self.place.cuda else 8 + self.b) * self.cut * m.hidden + self.b * self.row.targets * m.hidden
+            kept += self.norm() * self.cut * m.hidden + self.b * self.targets * m.hidden
         return kept + inputs * (not self.first) + inputs * (not self.last)     # what came from, and went to, another stage
 
     # -- the vision tower
@@ -189,7 +196,7 @@ class _Rank:
         """Beyond hidden states: the gradient of the chosen rows, and the backend's workspace for logits that are never held whole."""
         if not self.last:
             return 0
-        m, t, b, rows = self.sizes.language, self.t, self.b, self.row.targets
+        m, t, b, rows = self.sizes.language, self.t, self.b, self.targets
         shard = -(-m.vocab // t)
         if self.place.logprob == "triton":
             from sophiavl_fast.kernels.triton_logprob_plans import STATISTICS_BYTES, gradient_bytes
@@ -217,9 +224,9 @@ class _Rank:
         return {"activations": text, "vision activations": tower, "workspace": max(0, *ends.values())}
 
     def backward(self) -> float:
-        """At the widest point of a layer's backward pass: gradients of product, gate and other half [S, F], of input and output [S, H], of a weight."""
+        """At the widest point of a layer's backward pass: gradients of product, gate and up [S, F], of input and output [S, H], of a weight."""
         m = self.sizes.language
-        wide, weight = self.row.tokens * (3 * m.ffn / self.t + 2 * m.hidden), self.sizes.language.largest(1 if self.t == 1 else self.t)
+        wide, weight = self.tokens * (3 * m.ffn / self.t + 2 * m.hidden), self.sizes.language.largest(1 if self.t == 1 else self.t)
         if self.b == 2 and not self.place.cuda:
             wide += 4 * self.cut * m.hidden                      # fp32 gradients inside a norm
         return self.b * (wide + min(weight, 2 * m.hidden * m.ffn / self.t))
@@ -232,15 +239,15 @@ class _Rank:
 
     def forward(self) -> dict[str, float]:
         """Without gradients: one layer's intermediates, the tower's before it, or the head's."""
-        m, s = self.sizes.language, self.row.tokens
+        m, s = self.sizes.language, self.tokens
         layer = self.b * (s * (4 * m.ffn / self.t + m.query / self.t) + 3 * self.cut * m.hidden)
         vision = self.tower_pass() + self.features() if self.first and self.row.patches else 0
-        return {"activations": self.masks() + max(layer, vision, self.head()) + self.b * s * m.hidden}
+        return {"activations": self.masks() + max(layer, vision, self.head()) + self.b * self.row.tokens * m.hidden}
 
     def optimizer_step(self) -> float:
         """torch's AdamW: on a GPU one more fp32 number for each of the shard's parameters at once, on a CPU two for the largest of them."""
         largest = max(self.sizes.language.largest(self.t), self.sizes.vision.largest * self.first)
-        return 4 * self.trained / self.place.replicas if self.place.cuda else 2 * 4 * min(largest, self.trained / self.place.replicas)
+        return 4 * self.trained / self.shards if self.place.cuda else 2 * 4 * min(largest, self.trained / self.shards)
 
     def transfer(self) -> float:
         """Whole tensors on their way to the engine, a bucket at a time (one more under way), and the largest as it is gathered from its parts."""
@@ -250,7 +257,7 @@ class _Rank:
 
     def save(self) -> float:
         """Whole tensors of the checkpoint that are gathered before a part is written, and the one being gathered."""
-        ranks = self.place.replicas * self.t * self.stages
+        ranks = self.shards * self.t * self.stages
         each = (14 if self.b == 2 else 12) * self.sizes.total
         return min(each / ranks, CHECKPOINT_PART) + 8 * self.sizes.language.largest(1)
 

@@ -260,12 +260,8 @@ def brute_draws(weights, sizes, seed, per_step, count):
         if position % 4096 == 0:
             numbers = np.random.default_rng(derive_seed(seed, "mix", position // 4096)).random(4096)
         shares = [value(w, position // per_step) for w in weights]
-        point, so_far = numbers[position % 4096] * sum(shares), 0.0
-        for index, share in enumerate(shares):
-            so_far += share
-            if point < so_far:
-                break
-        found.append(index)
+        point = numbers[position % 4096] * sum(shares)
+        found.append(next(i for i in range(len(shares)) if point < sum(shares[:i + 1])))
     return found
 
 

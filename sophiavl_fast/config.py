@@ -240,6 +240,8 @@ class PolicyConf(Node):
     """Recompute layers in the backward pass."""
     offload_reference: bool = False
     """Keep the reference on the CPU between uses."""
+    offload_optimizer: bool = False
+    """Between updates, while engines sample, the reference answers and weights travel, keep AdamW's state on the CPU and give back the gradients' memory."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Backend of the log-probs and the loss: auto takes the fastest that this device has (the environment variable SOPHIAVL_KERNELS may say
     otherwise); a named one must be there. cpu is the C++ kernel of the log-probs, beside the reference loss."""

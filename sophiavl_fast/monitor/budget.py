@@ -47,9 +47,9 @@ class Need:
     def bytes(self) -> float:
         return sum(self.items.values())
 
-    def text(self) -> str:
-        """Total, phase and items in GiB; what is below a hundredth of the whole is left out."""
-        parts = sorted(((k, v) for k, v in self.items.items() if v > 0.01 * self.bytes), key=lambda entry: -entry[1])
+    def text(self, least: float = 0.01) -> str:
+        """Total, phase and items in GiB; items below this share of the whole are left out."""
+        parts = sorted(((k, v) for k, v in self.items.items() if v > least * self.bytes), key=lambda entry: -entry[1])
         return f"{gib(self.bytes)} GiB at its peak ({self.phase}: {', '.join(f'{k} {gib(v)}' for k, v in parts)})"
 
 
@@ -157,21 +157,23 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
     rows = [options.tokens_per_row >> i for i in range(options.tokens_per_row.bit_length()) if i == 0 or options.tokens_per_row >> i >= 512]
     processes = [world] if not device.cuda else [world * 2**i for i in range(7) if world * 2**i <= MOST_PROCESSES]
     layouts = itertools.product(processes, (1, 2, 4, 8), (1, 2, 4, 8), {p.sequence, True})
-    for (count, t, s, sequence), recompute, offload, tokens in itertools.product(
-            layouts, {options.recompute, True}, {options.offload_reference, options.offload_reference or device.cuda}, rows):
+    aside = {(options.offload_reference, options.offload_optimizer), *(((True, options.offload_optimizer), (True, True)) if device.cuda else ())}
+    for (count, t, s, sequence), recompute, (offload, state), tokens in itertools.product(layouts, {options.recompute, True}, sorted(aside), rows):
         wanted = {"parallel.tensor": (p.tensor, t), "parallel.pipeline": (p.pipeline, s), "parallel.sequence": (p.sequence, sequence),
                   "policy.recompute": (options.recompute, recompute), "policy.offload_reference": (options.offload_reference, offload),
+                  "policy.offload_optimizer": (options.offload_optimizer, state),
                   "policy.tokens_per_row": (options.tokens_per_row, tokens)}
         changes = [f"{key}={str(new).lower()}" for key, (old, new) in wanted.items() if old != new]
         if not changes and count == world:
             continue
         other = config.model_copy(update={
             "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": None, "stages": p.stages if s == p.pipeline else None}),
-            "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "tokens_per_row": tokens})})
+            "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "offload_optimizer": state, "tokens_per_row": tokens})})
         if _possible(other, sizes, count):
             steps = abs(t.bit_length() - p.tensor.bit_length()) + 1.5 * abs(s.bit_length() - p.pipeline.bit_length())
             shorter = options.tokens_per_row.bit_length() - tokens.bit_length()
-            cost = steps + 0.5 * (sequence != p.sequence) + (recompute != options.recompute) + 0.5 * (offload != options.offload_reference) + 0.6 * shorter
+            moved = 0.5 * (offload != options.offload_reference) + (state != options.offload_optimizer)
+            cost = steps + 0.5 * (sequence != p.sequence) + (recompute != options.recompute) + moved + 0.6 * shorter
             yield cost + 8 * (count // world - 1), changes, count, other
 
 

@@ -95,7 +95,7 @@ def _memory(config: Config, sizes: shapes.Sizes, world: int, gpus: list[dict]) -
     out = []
     for need in found:
         name = "memory of a rank" if len(found) == 1 else f"memory, stage {need.stage}"
-        text = f"{need.text()} in {budget.gib(have)} ({config.memory.fraction:g} of its {device.name})"
+        text = f"{need.text(0)} in {budget.gib(have)} ({config.memory.fraction:g} of its {device.name})"
         over = need.bytes > have
         status = ("FAIL" if config.memory.check == "refuse" else "WARN") if over else "OK"
         out.append(Row(name, status, text, f"{hint}; train obeys memory.check" if over else ""))

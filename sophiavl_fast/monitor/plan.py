@@ -18,6 +18,7 @@ MIB = 2**20
 BUCKET = 256 * MIB           # of the weight transfer
 CHECKPOINT_PART = 2**31      # bytes that are gathered before a file of a checkpoint is written
 CPU_LOGPROB = 44 * MIB       # the C++ log-prob's workspace of tokens, at most
+WORKSPACES = {"head": "log-probs", "layer": "backward pass", "embedding": "embedding's gradient", "tower": "tower's pass"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +77,11 @@ def phases(config: Config, sizes: Sizes, row: Row, place: Place) -> dict[str, di
         "update": held | rank.update(),
         "optimizer": held | {"workspace": rank.optimizer_step()},
     }
+    asleep = held | ({"gradients": 0, "optimizer": held["optimizer"] * (not place.cuda)} if config.policy.offload_optimizer else {})
     if config.recipe == "rl":
-        found["transfer"] = held | {"transfer": rank.transfer()}
+        found["transfer"] = asleep | {"transfer": rank.transfer()}
     if rank.has_reference or config.algorithm.mini_batches * config.algorithm.epochs > 1:
-        found["log-probs"] = held | rank.forward() | {"reference": rank.b * trained * rank.has_reference}
+        found["log-probs"] = asleep | rank.forward() | {"reference": rank.b * trained * rank.has_reference}
     if not place.cuda:
         found["save"] = held | {"checkpoint": rank.save()}
     return found
@@ -221,7 +223,8 @@ class _Rank:
             ends["tower"] = self.tower_pass() + one * (not self.config.model.freeze_vision) - text / self.in_flight
         if not self.last:
             ends.pop("head")
-        return {"activations": text, "vision activations": tower, "workspace": max(0, *ends.values())}
+        name = max(ends, key=lambda key: ends[key])
+        return {"activations": text, "vision activations": tower, WORKSPACES[name]: max(0, ends[name])}
 
     def backward(self) -> float:
         """At the widest point of a layer's backward pass: gradients of product, gate and up [S, F], of input and output [S, H], of a weight."""

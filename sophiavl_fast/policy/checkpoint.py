@@ -54,6 +54,7 @@ def begin(policy: Policy, run_dir: str | Path, step: int) -> tuple[Path, Path]:
     """An empty draft folder and the place it is for; every rank calls it."""
     target = Path(run_dir) / "checkpoints" / f"step_{step}"
     draft = target.with_name(f".{target.name}.writing")
+    policy.wake()
     if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -129,6 +130,7 @@ def load(policy: Policy, path: str | Path, *, optimizer: bool = True) -> dict[st
     manifest = _manifest(folder)
     _check_identity(folder, manifest["identity"], _identity(policy))
     read = _Reader(folder, manifest["tensors"])
+    policy.wake()
     with without_cuda(policy.device):
         _fill(policy, read, "model", lambda p, part: p.data.copy_(part), lambda p: True)
         if optimizer:

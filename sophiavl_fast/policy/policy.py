@@ -25,6 +25,7 @@ from sophiavl_fast.policy.distributed import Layout, open_layout
 from sophiavl_fast.policy.export import export
 from sophiavl_fast.policy.families import Family, open_family
 from sophiavl_fast.policy.model import DTYPES, VisionLanguageModel, build_model
+from sophiavl_fast.policy.offload import Offload
 from sophiavl_fast.types import Batch, Group
 
 LossFn = Callable[[Batch, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -53,6 +54,7 @@ class Policy:
         self._reference = self._copy_weights() if reference else None
         self._wrapped = optimizer.wrap(model)
         self.optimizer = optimizer.build_optimizer(config, self._wrapped)
+        self._offload = Offload(self.optimizer, self._wrapped, layout.device) if config.policy.offload_optimizer else None
 
     @classmethod
     def create(cls, config: Config, *, banned_ids: Sequence[int] = (), temperature: float = 1.0, reference: bool, total_steps: int) -> Policy:
@@ -135,6 +137,7 @@ class Policy:
 
         if not batches:
             raise EngineError(f"update {self.updates}: replica {self.replica} was given no batch")
+        self.wake()
         with without_cuda(self.device):
             self._wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -155,7 +158,10 @@ class Policy:
         return frozenset(name for _, rule, p in mapping.parameters(self.model, self.family) if not p.requires_grad for name in rule.names)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(published name, full fp32 gradient) that the last update stepped on, after clipping; trained parameters only."""
+        """(published name, full fp32 gradient) that the last update stepped on, after clipping; trained parameters only. None are left after `rest`."""
+        if self._offload and self._offload.resting:
+            raise EngineError("the gradients were given back: policy.offload_optimizer frees them between updates")
+
         def reduced(p: Any) -> Tensor:
             return optimizer.gathered(self.optimizer, self.layout, p, lambda shard: p.main_grad.view(-1)[shard.begin:shard.end])
 
@@ -164,6 +170,16 @@ class Policy:
     def export(self, out_dir: str | Path) -> Path:
         """Write a Hugging Face folder that plain transformers loads; see export.export."""
         return export(self, Path(out_dir))
+
+    def rest(self) -> None:
+        """No update is near: with policy.offload_optimizer the optimizer's state goes to the CPU and the gradients' memory is given back."""
+        if self._offload:
+            self._offload.rest()
+
+    def wake(self) -> None:
+        """Undo `rest`, before the optimizer's state is read or written; `update` does it by itself."""
+        if self._offload:
+            self._offload.wake()
 
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
         """The sum of the replicas' tensors, on every rank."""

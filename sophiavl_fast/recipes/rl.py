@@ -117,6 +117,7 @@ def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Pol
 def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
     """Every step from the checkpoint's (None: from the evaluation before the first) to run.steps."""
     config, progress = rooms.config, rooms.progress
+    rooms.policy.rest()
     with progress.phase("transfer"):
         rooms.rollout.send(rooms.policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
     if done is None and config.eval.every:
@@ -183,6 +184,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     with phase("update") as updating:
         if not config.debug.rollout_only:
             metrics |= update(rooms, groups, advantage, step)
+            policy.rest()
     with phase("transfer") as transfer:
         sent = rooms.rollout.send(policy, version=step)
         if config.rollout.staleness:

@@ -25,12 +25,15 @@ def setup(tmp_path):
     """A model folder of 1,536 parameters and a registry with one dataset, and the config that names them."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    (model / "config.json").write_text(json.dumps({
+        "model_type": "qwen2_5_vl", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 131, "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64}}))
     save_file({"a": torch.zeros(16, 64), "b": torch.zeros(512)}, str(model / "model.safetensors"))
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_path": "rows.jsonl"}}))
-    return build({"recipe": "rl", "device": "cpu", "run": {"dir": str(tmp_path / "run")}, "model": {"path": str(model), "dtype": "float32"},
-                  "data": {"registry": str(tmp_path / "dataset_info.json"), "train": "mine"}})
+    return build({"recipe": "rl", "device": "cpu", "run": {"dir": str(tmp_path / "run")}, "policy": {"tokens_per_row": 1024},
+                  "rollout": {"max_new_tokens": 32}, "model": {"path": str(model), "dtype": "float32"},
+                  "data": {"registry": str(tmp_path / "dataset_info.json"), "train": "mine", "max_prompt_tokens": 256}})
 
 
 def statuses(rows):
@@ -68,7 +71,7 @@ def test_the_table_and_the_exit_code(here, setup, monkeypatch):
     out = io.StringIO()
     assert doctor(setup, Console(file=out, width=200)) == 0
     text = out.getvalue()
-    assert "0 failed" in text and all(word in text for word in ("vllm", "/dev/shm", "policy memory", "data mine"))
+    assert "0 failed" in text and all(word in text for word in ("vllm", "/dev/shm", "memory of a rank", "data mine"))
     setup.data.train = "min"
     out = io.StringIO()
     assert doctor(setup, Console(file=out, width=200)) == 1
@@ -96,16 +99,25 @@ def test_parameters_are_counted_from_the_headers(setup, tmp_path):
     assert fit.count_parameters(tmp_path / "model") == 1536
 
 
-def test_memory_of_a_rank():
-    """7 B parameters in bf16, tensor 2 x data 4: 2 + 4 + 12/4 bytes a parameter and the reference's 2, over two tensor ranks."""
-    config = build({"model": {"dtype": "bfloat16"}, "parallel": {"tensor": 2}, "algorithm": {"kl_coef": 0.04}})
-    parts = fit.rank_bytes(config, 7 * 10**9, world=8)
-    assert parts == {"weights": 7e9, "gradients": 14e9, "optimizer": 10.5e9, "reference": 7e9}
-    config.algorithm.kl_coef = 0.0
-    assert fit.rank_bytes(config, 7 * 10**9, world=8)["reference"] == 0
-    gpu = {"name": "x", "gib": 24.0, "sm": "9.0"}
-    assert fit._memory(config, 7 * 10**9, 8, [gpu]).status == "FAIL"
-    assert fit._memory(config, 7 * 10**9, 8, [gpu | {"gib": 139.0}]).status == "OK"
+def test_memory_of_a_rank_is_listed_by_item(setup):
+    """On a GPU with the engine beside it; too small a one fails with advice, or warns where memory.check says so."""
+    setup.device, setup.model.dtype = "auto", "bfloat16"
+    setup.thinking.backend = "off"
+    gpu = {"name": "x", "gib": 80.0, "sm": "9.0"}
+    found = {row.name: row for row in fit.rows(setup, [gpu])}
+    assert found["memory of a rank"].status == found["engine memory"].status == "OK"
+    assert all(item in found["memory of a rank"].found for item in ("engine 32.0", "activations", "in 72.0 (0.9 of its GPU)"))
+    small = gpu | {"gib": 0.5}
+    row = {row.name: row for row in fit.rows(setup, [small])}["memory of a rank"]
+    assert row.status == "FAIL" and ("would fit" in row.hint or "no layout" in row.hint)
+    setup.memory.check = "warn"
+    assert statuses(fit.rows(setup, [small]))["memory of a rank"] == "WARN"
+
+
+def test_each_pipeline_stage_has_its_row(setup, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    setup.parallel.pipeline, setup.rollout.engine = 2, "server"
+    assert [name for name in statuses(fit.rows(setup, [])) if name.startswith("memory")] == ["memory, stage 0", "memory, stage 1"]
 
 
 def test_a_taken_port_fails_and_a_free_one_does_not():

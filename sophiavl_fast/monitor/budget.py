@@ -147,6 +147,9 @@ def advice(config: Config, sizes: Sizes, world: int, device: Device) -> str:
                 more = f" on {processes} processes" if processes != world else ""
                 best = cost, f"{' '.join(changes)}{more}", max(n.bytes for n in found)
     if best is None:
+        alone = max(n.bytes - n.items["engine"] for n in needs(config, sizes, world, device))
+        if device.cuda and alone <= config.memory.fraction * device.bytes:
+            return f"with the engines on other GPUs (rollout.urls) a rank would need {gib(alone)} GiB"
         return f"no layout of up to {MOST_PROCESSES} such devices fits either: take fewer or shorter responses, smaller images or a smaller model"
     return f"{best[1]} would fit with {gib(best[2])} GiB a rank"
 

@@ -9,6 +9,7 @@ import measured
 import pytest
 import tiny
 import zoo
+from published import MODELS
 
 from sophiavl_fast.config import build, load
 from sophiavl_fast.config_checks import check
@@ -127,32 +128,27 @@ def test_parameters_of_ranks_add_up(small):
     assert [sizes.on_stage(stage, p)[1] for stage in (0, 1)] == [sizes.vision.parameters, 0]
 
 
-QWEN = {"vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
-                          "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "model_type": "qwen2_5_vl"}
-PUBLISHED = {
-    "3B": (QWEN | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-                   "vocab_size": 151936, "tie_word_embeddings": True}, 3_754_622_976),
-    "7B": (QWEN | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                   "vocab_size": 152064, "tie_word_embeddings": False}, 8_292_166_656),
-}
-
-
 @pytest.fixture
 def published(tmp_path):
     """Folders with nothing but the published config.json."""
     def write(name: str) -> str:
-        config = PUBLISHED[name][0]
-        config["vision_config"]["out_hidden_size"] = config["hidden_size"]
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "config.json").write_text(json.dumps(MODELS[name][0]))
         return str(tmp_path / name)
     return write
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", MODELS)
 def test_published_sizes_without_weights(published, name):
-    assert shapes.read(published(name)).total == PUBLISHED[name][1]
+    assert shapes.read(published(name)).total / 1e9 == pytest.approx(MODELS[name][1], abs=6e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_configurations_fit_the_gpus_they_are_written_for(published, name):
+    """GPUs of 80 GB, of which torch sees 79.1 GiB."""
+    world = MODELS[name][2]
+    config = load(ROOT / "configs" / f"trust_grpo_{name}.yaml", [f"model.path={published(name)}", "thinking.backend=off"], world_size=world)
+    budget.require(config, world, gpu(79.1))
 
 
 def test_the_fullest_row_is_what_packing_can_make(small):
@@ -188,7 +184,7 @@ def gpu(gib: float) -> budget.Device:
 
 def test_a_run_that_cannot_fit_is_refused_with_one_that_does(published):
     """What it advises is parsed back as overrides, and fits."""
-    overrides = [f"model.path={published('7B')}", "thinking.backend=off", "policy.recompute=false"]
+    overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "policy.recompute=false"]
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", overrides, world_size=8)
     with pytest.raises(UserError, match=r"does not fit: a rank of pipeline stage 0 needs .* GiB at its peak .* but has 72.0 GiB") as refused:
         budget.require(config, 8, gpu(80))
@@ -201,13 +197,13 @@ def test_a_run_that_cannot_fit_is_refused_with_one_that_does(published):
 
 
 def test_nothing_fits_a_device_that_is_too_small(published):
-    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('7B')}", "thinking.backend=off"], world_size=8)
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off"], world_size=8)
     with pytest.raises(UserError, match="no layout of up to 64 such devices fits either"):
         budget.require(config, 8, gpu(4))
 
 
 def test_warn_and_off(published, capsys):
-    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('7B')}", "thinking.backend=off", "memory.check=warn"],
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "memory.check=warn"],
                   world_size=8)
     budget.require(config, 8, gpu(4))
     assert "does not fit" in capsys.readouterr().err
@@ -220,14 +216,14 @@ def test_train_refuses_before_it_starts(published, tmp_path):
     """On a CPU the host's free memory decides: a share of it that nothing fits in."""
     from sophiavl_fast import cli
 
-    (tmp_path / "c.yaml").write_text(f"device: cpu\nmodel: {{path: {published('3B')}}}\ndata: {{train: x}}\nmemory: {{fraction: 1.0e-6}}\n"
+    (tmp_path / "c.yaml").write_text(f"device: cpu\nmodel: {{path: {published('qwen2_5_vl_3b')}}}\ndata: {{train: x}}\nmemory: {{fraction: 1.0e-6}}\n"
                                      f"run: {{dir: {tmp_path / 'run'}}}\n")
     assert cli.main(["train", str(tmp_path / "c.yaml")]) == 2
     assert not (tmp_path / "run").exists()
 
 
 def test_advice_is_never_a_layout_that_cannot_run(published):
-    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('7B')}", "thinking.backend=off"], world_size=8)
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off"], world_size=8)
     sizes = shapes.read(config.model.path)
     tried = list(budget._neighbours(config, sizes, 8, gpu(80)))
     assert len(tried) > 50

@@ -48,8 +48,8 @@ def large(tmp_path_factory):
                           vision={"depth": 4, "hidden_size": 320, "intermediate_size": 848, "num_heads": 5})
 
 
-def compare(folder: Path, sections: dict, found: dict) -> None:
-    """The peak of a rank, of all phases, within 15 %; so is the update's, the one that is hard to tell."""
+def compare(folder: Path, sections: dict, found: dict, within: float = 0.05) -> None:
+    """The peak of a rank, of all phases; so is the update's, the one that is hard to tell."""
     config, row, place = tiny.config(folder, **{"policy": {"tokens_per_row": 10_000}, **sections}), plan.Row(**found["row"]), plan.Place(**found["place"])
     sizes = shapes.read(folder)
     phases = {name: sum(items.values()) for name, items in plan.phases(config, sizes, row, place).items()}
@@ -57,8 +57,8 @@ def compare(folder: Path, sections: dict, found: dict) -> None:
     real = found["peaks"]
     shown = {name: f"{phases[name] / 1e6:.1f} of {real[name] / 1e6:.1f} MB" for name in phases if name in real}
     print(sections, place, row, shown)
-    assert abs(peak / max(real.values()) - 1) < 0.15, shown
-    assert abs(max(phases["update"], phases["optimizer"]) / real["update"] - 1) < 0.15, shown
+    assert abs(peak / max(real.values()) - 1) < within, shown
+    assert abs(max(phases["update"], phases["optimizer"]) / real["update"] - 1) < within, shown
     assert abs(phases["load"] / real["load"] - 1) < 0.05, shown
 
 
@@ -80,7 +80,7 @@ def test_plan_equals_the_allocator_for_other_families(tmp_path, kind, monkeypatc
     monkeypatch.setattr(zoo, "TEXT", zoo.TEXT | {"hidden_size": 64, "num_hidden_layers": 8, "vocab_size": 2048})
     folder = zoo.build(kind, tmp_path / "model")
     monkeypatch.setattr(measured, "groups", lambda *shape: zoo.groups(kind) * 8)
-    compare(folder, NO_KL, measured.measure(str(folder), NO_KL, [], str(tmp_path / "out")))
+    compare(folder, NO_KL, measured.measure(str(folder), NO_KL, [], str(tmp_path / "out")), within=0.15)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def layouts(folder: Path, out: Path, names: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for job, name in zip(jobs, names, strict=True):
         for rank in (0, 1):
-            compare(folder, job["sections"], json.loads(Path(f"{out / name}-{rank}.json").read_text()))
+            compare(folder, job["sections"], json.loads(Path(f"{out / name}-{rank}.json").read_text()), within=0.15)
 
 
 @pytest.mark.slow

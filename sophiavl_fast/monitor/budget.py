@@ -20,19 +20,21 @@ GIB = 2**30
 TRAINER_BASE, ENGINE_BASE = 0.65 * GIB, 1.4 * GIB
 CPU_KV_CACHE, CPU_BLOCK = 2**30, 128      # as rollout/arguments.py sizes the CPU engine's cache
 MOST_PROCESSES = 64                        # of the layouts that are tried
+ASSUMED = 80 * GIB                         # a GPU's memory, where a configuration for GPUs is looked at on a machine without
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What each rank has: bytes of its GPU, or its share of the host's free memory."""
+    """What each rank has: bytes of its GPU (assumed: of one that is not here), or its share of the host's free memory."""
 
     cuda: bool
     bytes: float
     logprob: str
+    assumed: bool = False
 
     @property
     def name(self) -> str:
-        return "GPU" if self.cuda else "share of the free host memory"
+        return ("assumed GPU" if self.assumed else "GPU") if self.cuda else "share of the free host memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,10 @@ def gib(size: float) -> str:
 
 
 def device_of(config: Config, gpus: list[dict], processes: int) -> Device:
-    """gpus: dicts with `gib`, those of this machine; empty, or device: cpu, for the host. processes: ranks on this machine."""
-    if gpus and config.device != "cpu":
-        return Device(True, min(g["gib"] for g in gpus) * GIB, "reference" if config.policy.kernels == "reference" else "triton")
+    """gpus: dicts with `gib`, those of this machine. device: cpu, or auto without any, is the host. processes: ranks on this machine."""
+    if (gpus and config.device != "cpu") or config.device == "cuda":
+        size = min((g["gib"] * GIB for g in gpus), default=ASSUMED)
+        return Device(True, size, "reference" if config.policy.kernels == "reference" else "triton", assumed=not gpus)
     return Device(False, psutil.virtual_memory().available / processes, _cpu_logprob(config))
 
 
@@ -116,6 +119,8 @@ def require(config: Config, world: int, device: Device | None = None) -> None:
     except UserError:
         return
     device = device or _this_device(config)
+    if device.assumed:
+        return    # that there is no GPU is said by the policy
     found = needs(config, sizes, world, device)
     if fits(found, config, device):
         return

@@ -230,3 +230,11 @@ def test_advice_is_never_a_layout_that_cannot_run(published):
     for _, _, processes, other in tried:
         check(other, processes)
         assert 4 % other.parallel.tensor == 0 and 28 % other.parallel.pipeline == 0   # key heads, layers
+
+
+def test_a_configuration_for_gpus_is_planned_without_one(published):
+    """On a laptop: for GPUs of 80 GiB, and says so. train leaves it to the policy to say that there is no GPU."""
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off"], world_size=8)
+    rows = fit._memory(config, shapes.read(config.model.path), 8, [])
+    assert [r.name for r in rows] == ["memory of a rank", "engine memory"] and "0.9 of its assumed GPU" in rows[0].found
+    assert all(r.status == "OK" for r in rows) and all(item in rows[0].found for item in ("weights", "gradients", "optimizer", "reference", "engine"))

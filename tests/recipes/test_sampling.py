@@ -22,8 +22,8 @@ def group(number: int, turn: int = 0) -> Group:
 
 
 def outcome(number: int) -> list[float]:
-    """Two prompts of three say nothing: all right or all wrong."""
-    return [[1.0] * N, [0.0] * N, [1.0, 0.0, float(number % 2)]][(number * 7 + number // 3) % 3]
+    """Two prompts of three say nothing: all right or all wrong. A response in the middle of its group has advantage 0 in a group that says something."""
+    return [[1.0] * N, [0.0] * N, [1.0, 0.0, 0.5 if number % 2 else 1.0]][(number * 7 + number // 3) % 3]
 
 
 def scored(groups: list[Group]) -> Scores:
@@ -135,7 +135,8 @@ def test_what_it_cannot_go_with(sections, message):
 @pytest.mark.engine
 def test_a_real_run_resamples_and_resumes_exactly(demo, rl, tmp_path):
     """Plain GRPO on the barely warmed model: many groups are all wrong. The same run, cut after its second step and resumed, is the same."""
-    options = ["thinking.backend=off", "trust.mode=off", "eval.every=0", "rollout.resample=2", "rewards.overlong_cache=16", "algorithm.kl_coef=0.0"]
+    options = ["thinking.backend=off", "trust.mode=off", "eval.every=0", "rollout.resample=2", "rewards.overlong_cache=8", "rewards.overlong_max=32",
+               "algorithm.kl_coef=0.0"]
     lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(*rl(whole, *options))
@@ -147,8 +148,9 @@ def test_a_real_run_resamples_and_resumes_exactly(demo, rl, tmp_path):
         silent = sum(not any(r["advantage"] for r in step if r["group"] == g) for g in range(6))
         assert line["rollout/silent"] == silent and (silent == 0 or line["rollout/resampled"] > 0)
     for r in rows:
-        late = max(-1.0, min(0.0, (56 - 16 - r["response_tokens"]) / 16))
+        late = max(-1.0, min(0.0, (32 - 8 - r["response_tokens"]) / 8))
         assert r["overlong"] == pytest.approx(late, abs=1e-6) and r["total"] == pytest.approx(r["outcome"] + late, abs=1e-5)
+    assert any(r["overlong"] < 0 for r in rows) and any(r["overlong"] == 0 for r in rows)
     run(*rl(cut, *options, "run.steps=2", "trust.anneal_steps=3"))
     run(*rl(cut, *options, "trust.anneal_steps=3"))
     same = lambda r: {k: v for k, v in r.items() if k not in ("trust_weight",)}

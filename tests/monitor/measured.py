@@ -23,8 +23,6 @@ from sophiavl_fast.monitor.plan import Row
 from sophiavl_fast.policy import Policy, checkpoint
 from sophiavl_fast.types import Batch, Group
 
-PHASES = ("load", "log-probs", "update", "save")
-
 
 def model(folder: Path, *, hidden: int, layers: int, ffn: int, vocab: int, vision: dict[str, int]) -> Path:
     """A random Qwen2.5-VL of these sizes."""
@@ -66,11 +64,11 @@ def measure(folder: str, sections: dict[str, Any], shape: list[Any], out: str) -
             policy = Policy.create(config, reference=config.algorithm.kl_coef > 0, total_steps=4)
         mine = given[policy.replica::policy.replicas]
         batches = policy.pack(mine, torch.ones(sum(len(g.responses) for g in mine)))
-        with record_function("phase:log-probs"):
-            policy.logprobs(batches, reference=config.algorithm.kl_coef > 0)
         for name in ("first", "update"):   # moments are there from the second on
             with record_function(f"phase:{name}"):
                 policy.update(batches, lambda b, lp, h: (-(lp.sum() + 0.01 * h.sum()) / 1000, lp.detach().sum()[None]), entropy=True)
+        with record_function("phase:log-probs"):
+            policy.logprobs(batches, reference=config.algorithm.kl_coef > 0)
         with record_function("phase:save"):
             checkpoint.save(policy, out, 1, {}, keep=1)
         policy.layout.wait("measured")

@@ -107,7 +107,7 @@ def test_memory_of_a_rank_is_listed_by_item(setup):
     found = {row.name: row for row in fit.rows(setup, [gpu])}
     assert found["memory of a rank"].status == found["engine memory"].status == "OK"
     assert all(item in found["memory of a rank"].found for item in ("engine 32.0", "activations", "in 72.0 (0.9 of its GPU)"))
-    small = gpu | {"gib": 0.5}
+    small = gpu | {"gib": 0.02}
     row = {row.name: row for row in fit.rows(setup, [small])}["memory of a rank"]
     assert row.status == "FAIL" and ("would fit" in row.hint or "no layout" in row.hint)
     setup.memory.check = "warn"

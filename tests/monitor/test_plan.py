@@ -48,7 +48,7 @@ def large(tmp_path_factory):
                           vision={"depth": 4, "hidden_size": 320, "intermediate_size": 848, "num_heads": 5})
 
 
-def compare(folder: Path, sections: dict, found: dict, within: float = 0.05) -> None:
+def compare(folder: Path, sections: dict, found: dict, within: float = 0.15) -> None:
     """The peak of a rank, of all phases; so is the update's, the one that is hard to tell."""
     config, row, place = tiny.config(folder, **{"policy": {"tokens_per_row": 10_000}, **sections}), plan.Row(**found["row"]), plan.Place(**found["place"])
     sizes = shapes.read(folder)
@@ -64,7 +64,7 @@ def compare(folder: Path, sections: dict, found: dict, within: float = 0.05) -> 
 
 @pytest.mark.parametrize("case", CASES)
 def test_plan_equals_the_allocator(small, tmp_path, case):
-    compare(small, CASES[case], measured.measure(str(small), CASES[case], GROUPS, str(tmp_path)))
+    compare(small, CASES[case], measured.measure(str(small), CASES[case], GROUPS, str(tmp_path)), within=0.05 if case.startswith("fp32") else 0.15)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_plan_equals_the_allocator_for_other_families(tmp_path, kind, monkeypatc
     monkeypatch.setattr(zoo, "TEXT", zoo.TEXT | {"hidden_size": 64, "num_hidden_layers": 8, "vocab_size": 2048})
     folder = zoo.build(kind, tmp_path / "model")
     monkeypatch.setattr(measured, "groups", lambda *shape: zoo.groups(kind) * 8)
-    compare(folder, NO_KL, measured.measure(str(folder), NO_KL, [], str(tmp_path / "out")), within=0.15)
+    compare(folder, NO_KL, measured.measure(str(folder), NO_KL, [], str(tmp_path / "out")))
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def layouts(folder: Path, out: Path, names: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for job, name in zip(jobs, names, strict=True):
         for rank in (0, 1):
-            compare(folder, job["sections"], json.loads(Path(f"{out / name}-{rank}.json").read_text()), within=0.15)
+            compare(folder, job["sections"], json.loads(Path(f"{out / name}-{rank}.json").read_text()), within=0.08)
 
 
 @pytest.mark.slow

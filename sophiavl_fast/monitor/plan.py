@@ -259,8 +259,9 @@ class _Rank:
         return min(whole, BUCKET) * (2 if self.place.cuda else 1) + largest
 
     def save(self) -> float:
-        """Whole tensors of the checkpoint that are gathered before a part is written, and the one being gathered."""
+        """Whole tensors of the checkpoint that are gathered before a part is written (all of the rank's in the background), and the one being gathered."""
         ranks = self.shards * self.t * self.stages
         each = (14 if self.b == 2 else 12) * self.sizes.total
-        return min(each / ranks, CHECKPOINT_PART) + 8 * self.sizes.language.largest(1)
+        part = each / ranks if self.config.checkpoint.background else min(each / ranks, CHECKPOINT_PART)
+        return part + 8 * self.sizes.language.largest(1)
 

@@ -155,6 +155,7 @@ def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str
         loader = rooms.ahead.loader_state(step) if rooms.ahead else rooms.loader.state()
         with progress.phase("save"):
             rooms.saver.save(step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))))
+        rooms.policy.rest()  # the optimizer's state was needed
 
 
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:

@@ -237,4 +237,4 @@ def test_a_configuration_for_gpus_is_planned_without_one(published):
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off"], world_size=8)
     rows = fit._memory(config, shapes.read(config.model.path), 8, [])
     assert [r.name for r in rows] == ["memory of a rank", "engine memory"] and "0.9 of its assumed GPU" in rows[0].found
-    assert all(r.status == "OK" for r in rows) and all(item in rows[0].found for item in ("weights", "gradients", "optimizer", "reference", "engine"))
+    assert all(r.status == "OK" for r in rows) and all(item in rows[0].found for item in ("weights", "gradients", "optimizer", "activations", "engine"))

@@ -92,11 +92,11 @@ def needs(config: Config, sizes: Sizes, world: int, device: Device) -> list[Need
 
 def engine(config: Config, sizes: Sizes, device: Device) -> float:
     """Bytes that a rollout engine on the same device takes: its share of a GPU; on a CPU weights, cache and libraries. 0: it is elsewhere."""
-    if config.recipe != "rl" or config.rollout.urls or config.debug.replay:
+    if config.recipe != "rl" or config.rollout.urls or config.rollout.gpus or config.debug.replay:
         return 0
     if device.cuda:
         return config.rollout.gpu_memory_utilization * device.bytes
-    return plan.bytes_of(config) * sizes.total + kv_cache(config, sizes) + ENGINE_BASE
+    return config.rollout.engines * (plan.bytes_of(config) * sizes.total + kv_cache(config, sizes) + ENGINE_BASE)
 
 
 def kv_cache(config: Config, sizes: Sizes) -> float:

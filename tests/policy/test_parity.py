@@ -180,6 +180,6 @@ def test_inactive_rows_cost_no_backward_pass_and_change_nothing(folder, create):
 
 
 def test_a_kernel_that_this_device_lacks_is_refused_by_name(folder, create):
-    with pytest.raises(UserError, match="policy.kernels: backend = 'triton': it needs a CUDA device"):
+    with pytest.raises(UserError, match=r"policy\.kernels: backend = 'triton': it needs a CUDA device"):
         create(folder, policy={"kernels": "triton"})
     create(folder, policy={"kernels": "reference"})

@@ -168,16 +168,16 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtyp
 def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, tmp_path):
     """The disk takes no file of more than 1,000 bytes: a limit of this process, as a full disk would be."""
     policy, limits = create(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(EngineError, match=r"checkpoint '.*step_2' could not be written \(.*\); the one before it stands"):
-        with Saver(policy, tmp_path, keep=2, background=True) as saver:
-            saver.save(1, {})
+    told = pytest.raises(EngineError, match=r"checkpoint '.*step_2' could not be written \(.*\); the one before it stands")
+    with told, Saver(policy, tmp_path, keep=2, background=True) as saver:
+        saver.save(1, {})
+        saver.wait()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            saver.save(2, {})
             saver.wait()
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-                saver.save(2, {})
-                saver.wait()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.newest(tmp_path).name == "step_1"
 
 

@@ -2,10 +2,11 @@
 
     python -m sophiavl_fast.data.demo.judge_server --data data/demo --port 8100
 
-It knows the demo's pictures by their pixels, reads question and reasoning out of the `demo_judge` prompt and replies with its own
-solution, the lines it was shown with a mark each, and the share of right ones (soundness.py), such as
-`<think>2 3\\n2+3=5\\n2 3 ok\\n2+3=6 no</think><answer>0.5000</answer>`. With OPENAI_API_KEY in its environment it wants that key. It can misbehave on purpose:
+It knows the demo's pictures by their pixels, reads question and reasoning out of the `demo_judge` or `demo_judge_rationale` prompt and
+replies with its reasoning (rationale.py) and the share of right lines (soundness.py): `<think>...</think><answer>0.5000</answer>`.
+With OPENAI_API_KEY in its environment it wants that key. It can misbehave on purpose:
 --errors, --hangs and --garbage are shares of calls, --delay the seconds that every call takes, --slots how many it serves at once.
+--judge is how it turns the rule's score into its own (JUDGES): what a trainer does with judges that are wrong in a known way.
 """
 from __future__ import annotations
 
@@ -18,18 +19,21 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sophiavl_fast.data.demo import soundness, traces
+from sophiavl_fast.data.demo import soundness
 from sophiavl_fast.data.demo.questions import Question
+from sophiavl_fast.data.demo.rationale import rationale
 
 MODEL = "rule-judge"
 HANG_S = 3600.0
+FLATTERED = 40   # characters of reasoning that earn everything from a judge flattered by length; a sound trace has 5 to 19
+LETTERED = "check?"  # how the prompt ends whose lines carry letters (demo_judge_rationale)
 _TERMS = re.compile(r"[0-9](\+[0-9])+\?")
 _QUESTIONS = {"sum?": "sum", "max-min?": "spread", "largest?": "largest", "read": "read", "range?": "range", "trend?": "trend"}
 
@@ -46,10 +50,20 @@ class Faults:
     seed: int = 0
 
 
-class Rule:
-    """Scores prompts about the pictures of a demo data folder."""
+# name -> the judge's score of (the rule's score, the reasoning, a number in [0, 1) that depends on prompt and seed)
+JUDGES: dict[str, Callable[[float, str, float], float]] = {
+    "sound": lambda score, text, luck: score,
+    "random": lambda score, text, luck: luck,
+    "inverted": lambda score, text, luck: 1.0 - score,
+    "length": lambda score, text, luck: min(1.0, len(text) / FLATTERED),  # flattered by length
+}
 
-    def __init__(self, folder: Path) -> None:
+
+class Rule:
+    """Scores prompts about the pictures of a demo data folder, as the named judge would."""
+
+    def __init__(self, folder: Path, judge: str = "sound") -> None:
+        self._judge = JUDGES[judge]
         self._digits: dict[str, list[int]] = {}
         for file in sorted(folder.glob("*.jsonl")):
             for line in file.open(encoding="utf-8"):
@@ -58,9 +72,11 @@ class Rule:
                     self._digits.setdefault(record["path"], record["digits"])
         self._digits = {picture_key((folder / path).read_bytes()): digits for path, digits in self._digits.items()}
 
-    def reply(self, text: str, images: Sequence[bytes]) -> str:
-        """The solution and the score of one prompt. Raises KeyError for a picture or a question that is not the demo's."""
-        first, _, rest = text.removesuffix("\nscore?").partition("\n")
+    def reply(self, text: str, images: Sequence[bytes], seed: int | None = None) -> str:
+        """Rationale and score of one prompt. Raises KeyError for a picture or a question that is not the demo's."""
+        luck = random.Random(f"{seed} {text}").random()
+        text, _, wish = text.rpartition("\n")
+        first, _, rest = text.partition("\n")
         if _TERMS.fullmatch(first):
             question = Question("add", tuple(int(d) for d in first[:-1].split("+")))
         else:
@@ -68,19 +84,10 @@ class Rule:
             if rest.startswith("A. "):
                 rest, kind = rest.partition("\n")[2], "tens" if kind == "sum" else kind
             question = Question(kind, tuple(self._digits[picture_key(images[0])]))
+        if wish == LETTERED:
+            rest = "\n".join(line[1:] for line in rest.split("\n"))
         score = soundness.check_trace({"kind": question.kind, "digits": question.digits}, rest).score
-        solution = traces.sound(question).lines
-        return "<think>" + "\n".join((*solution, *marked(rest, solution))) + f"</think><answer>{score:.4f}</answer>"
-
-
-def marked(reasoning: str, solution: Sequence[str]) -> list[str]:
-    """Every line of the reasoning and then its mark: ok where it is the next step of the solution or a later one, no elsewhere."""
-    out, after = [], 0
-    for line in filter(None, (" ".join(line.split()) for line in reasoning.split("\n"))):
-        place = next((i for i in range(after, len(solution)) if solution[i] == line), None)
-        after = after if place is None else place + 1
-        out.append(f"{line} {'no' if place is None else 'ok'}")
-    return out
+        return f"<think>{rationale(question, rest)}</think><answer>{self._judge(score, rest, luck):.4f}</answer>"
 
 
 def picture_key(data: bytes) -> str:
@@ -144,7 +151,7 @@ class Server:
         parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         images = [base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in parts if part["type"] == "image_url"]
         try:
-            return 200, _chat(self._rule.reply(parts[-1]["text"], images))
+            return 200, _chat(self._rule.reply(parts[-1]["text"], images, request.get("seed")))
         except KeyError as error:
             return 400, json.dumps({"error": {"message": f"not of the demo: {error}"}}).encode()
 
@@ -167,11 +174,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     for name in ("errors", "hangs", "garbage", "delay"):
         parser.add_argument(f"--{name}", type=float, default=0.0)
+    parser.add_argument("--judge", choices=JUDGES, default="sound")
     parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     faults = Faults(a.errors, a.hangs, a.garbage, a.delay, a.slots, a.seed)
-    asyncio.run(serve(Rule(a.data), faults, a.port, os.environ.get("OPENAI_API_KEY", "")))
+    asyncio.run(serve(Rule(a.data, a.judge), faults, a.port, os.environ.get("OPENAI_API_KEY", "")))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,8 @@ def check(record: Mapping[str, Any], response: str) -> Soundness:
 def check_trace(record: Mapping[str, Any], trace: str) -> Soundness:
     """Check bare reasoning, one step a line, against the record's `kind` and `digits`."""
     steps = _steps(record["kind"], record["digits"])
-    lines = [" ".join(line.split()) for line in trace.strip().split("\n") if line.strip()]
-    met: list[int] = []
-    for line in lines:  # steps are met in order; a line that meets none of those to come is wrong
-        after = met[-1] + 1 if met else 0
-        met += next(([i] for i in range(after, len(steps)) if line in steps[i]), [])
+    lines, places = walk(record, trace)
+    met = [place for place in places if place is not None]
     score = len(met) / max(len(lines), len(steps))
     if score == 1.0:
         flaw = ""
@@ -52,6 +49,18 @@ def check_trace(record: Mapping[str, Any], trace: str) -> Soundness:
     else:
         flaw = "redundant" if len(met) == len(steps) else "step"
     return Soundness(True, not flaw, score, flaw)
+
+
+def walk(record: Mapping[str, Any], trace: str) -> tuple[list[str], list[int | None]]:
+    """The trace's lines and the step that each of them meets: steps are met in order; a line that meets none of those to come is wrong (None)."""
+    steps = _steps(record["kind"], record["digits"])
+    lines = [" ".join(line.split()) for line in trace.strip().split("\n") if line.strip()]
+    met: list[int | None] = []
+    after = 0
+    for line in lines:
+        met.append(next((i for i in range(after, len(steps)) if line in steps[i]), None))
+        after = after if met[-1] is None else met[-1] + 1
+    return lines, met
 
 
 def _steps(kind: str, digits: Sequence[int]) -> list[set[str]]:

@@ -1,5 +1,6 @@
 """Traces with known flaws: what training may see and what it may not, and the rule that labels them."""
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 from sophiavl_fast.data.demo import corrupted, generate, soundness
 from sophiavl_fast.data.demo.judge_server import Rule, picture_key
-from sophiavl_fast.data.demo.questions import KINDS
+from sophiavl_fast.data.demo.questions import KINDS, Question
+from sophiavl_fast.data.demo.rationale import rationale
+from sophiavl_fast.rewards.thinking import template
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +53,34 @@ def test_the_same_seed_writes_the_same_bytes(written):
 
 
 def test_the_rule_behind_the_server_is_the_label(written):
+    """By the prompts of both templates; and the rationale's rows alone say the score, so that a judge which writes them has nothing left to guess."""
     rule = Rule(written / "data")
+    asked = {name: template.load(name) for name in ("demo_judge", "demo_judge_rationale")}
     seen = set()
     for row in rows(written, "held")[:300]:
         reasoning = row["response"].partition("<think>")[2].partition("</think>")[0]
         images = [(written / image).read_bytes() for image in row["images"]]
-        reply = rule.reply(f"{row['question']}\n{reasoning}\nscore?", images)
-        solution, _, score = reply.removesuffix("</answer>").partition("<answer>")
+        first, second = (rule.reply(judge.user(row["question"], reasoning), images) for judge in asked.values())
+        assert first == second
+        rationale, _, score = first.removeprefix("<think>").removesuffix("</answer>").partition("</think><answer>")
         assert float(score) == pytest.approx(row["score"], abs=1e-4)
-        lines = solution.removeprefix("<think>").removesuffix("</think>").split("\n")
-        marks = [line for line in lines if line.endswith((" ok", " no"))]
-        assert [line[:-3] for line in marks] == reasoning.split("\n")
-        assert sum(line.endswith(" ok") for line in marks) / max(len(marks), len(lines) - len(marks)) == pytest.approx(row["score"], abs=1e-4)
+        compared = [line for line in rationale.split("\n") if re.fullmatch(r"[a-z](-|..*x|.*;;[0-9])", line)]
+        right = [int(line[-1]) for line in compared if line.endswith(tuple("123456789"))]
+        assert right == list(range(1, len(right) + 1))
+        assert len(right) / len(compared) == pytest.approx(row["score"], abs=1e-4)
+        assert [line[0] for line in compared] == list("abcdefgh"[:len(compared)])
         seen.add(row["question"].partition("\n")[0])
     assert len(seen) > len(KINDS)
     with pytest.raises(KeyError):
         rule.reply("what?\n1\nscore?", [])
+
+
+def test_the_rationale_sets_each_line_beside_its_own_step():
+    question = Question("sum", (5, 8, 3))
+    assert rationale(question, "5 8 3\n5+8=14\n13+3=16") == "5 8 3\n5+8=13\n13+3=16\na55  88  33;;1\nb55++88==1134x\nc1133++33==1166;;2"
+    assert rationale(question, "5 8 3\n13+3=16").endswith("a55  88  33;;1\nb1133++33==1166;;2\nc-")          # a step left out
+    assert rationale(question, "5 8 3\n8+5=13\n13+3=16\nwell").endswith("b88++55==1133;;2\nc1133++33==1166;;3\nd;wx")  # another spelling; too much
+    assert rationale(question, "5 8 3;\n\n5+8=1").endswith("a55  88  33;;x\nb55++88==113;x\nc-")            # what is no step, however alike
 
 
 def test_pictures_are_known_by_their_pixels(written):

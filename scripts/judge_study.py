@@ -191,29 +191,29 @@ def interval(values: list[float], draws: int = 2000) -> list[float]:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Accuracy, sound reasoning and wrong thinking behind right answers: a bar a cell, a dot a seed."""
-    import matplotlib
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
+    """Accuracy, sound reasoning and wrong thinking behind right answers, as SVG: a bar a cell, its interval, a dot a seed."""
     found = summary(rows)
-    labels = ["plain GRPO" if s["judge"] == NONE else f"{s['judge']}, {s['trust']}, {s['uniform']}" for s in found]
     panels = (("accuracy", "held-out accuracy"), ("reasoning", "sound reasoning"), ("unsound_of_right", "unsound, of right answers"))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 0.9 + 0.32 * len(found)), sharey=True)
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for y, line in enumerate(found):
-            middle, low, high = line[key]
-            axis.barh(y, middle, color="#9db8d2" if line["judge"] != NONE else "#c9c9c9")
-            axis.plot([low, high], [y, y], color="black", linewidth=1)
-            seeds = [row[key] for row in rows if (row["judge"], row["trust"], row["uniform"]) == (line["judge"], line["trust"], line["uniform"])]
-            axis.plot(seeds, [y] * len(seeds), ".", color="black", markersize=4)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, None)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(labels)), labels)
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path)
+    left, wide, tall, gap = 190, 220, 24, 40
+    height = 50 + tall * len(found)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 3 * (wide + gap)}" height="{height}" font-family="sans-serif" font-size="12">',
+             '<rect width="100%" height="100%" fill="white"/>']
+    for column, (key, title) in enumerate(panels):
+        x = left + column * (wide + gap)
+        most = max(0.1, *(line[key][2] for line in found), *(row[key] for row in rows))
+        parts.append(f'<text x="{x}" y="20" font-weight="bold">{title}</text>')
+        for place, line in enumerate(found):
+            y, (middle, low, high) = 34 + tall * place, line[key]
+            across = [round(x + wide * value / most, 1) for value in (middle, low, high)]
+            parts.append(f'<rect x="{x}" y="{y}" width="{across[0] - x:.1f}" height="{tall - 8}" fill="{"#c9c9c9" if line["judge"] == NONE else "#9db8d2"}"/>')
+            parts.append(f'<line x1="{across[1]}" x2="{across[2]}" y1="{y + 8}" y2="{y + 8}" stroke="black"/>')
+            seeds = [row[key] for row in rows if all(row[part] == line[part] for part in ("judge", "trust", "uniform"))]
+            parts += [f'<circle cx="{x + wide * value / most:.1f}" cy="{y + 8}" r="2.5"/>' for value in seeds]
+            parts.append(f'<text x="{x + wide + 4}" y="{y + 12}" font-size="10">{middle:.3f}</text>')
+            if not column:
+                label = "plain GRPO" if line["judge"] == NONE else f"{line['judge']}, {line['trust']}, {line['uniform']}"
+                parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{label}</text>')
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
     print(f"written: {path}")
 
 

@@ -1,37 +1,37 @@
 """What the demo's generative judge writes before its score, in a form that a character model of 2 M parameters learns in minutes.
 
-First its own solution; then a row for each line of the trace, which sets the line beside the judge's own, character by character,
-up to the first difference, so that every comparison is between two tokens that stand side by side:
+Its own solution, one row for each line of the trace, and in each row where the trace first differs from it:
 
-    5 8 3            own solution
-    5+8=13
-    13+3=16
-    a55  88  33;;1   line a: own and shown characters in turns; the same to the end (;), so this is sound line number 1
-    b55++88==14x     line b: 13 against 14
-    c-               line c is missing
+    a5 8 3A       own line for line a of the trace, which is the same: the first sound one (A)
+    b5+8=13!x     line b said 12 or 5+8=1 or anything else that is no 3 there
+    c13+3=16B     line c is the second sound one
+    d-            a line that is missing
 
-The last row's letter says how many lines count, the last number how many of them are right: the score is their ratio, as in `soundness`.
+(without line breaks). As long as the trace is right, a row is as long as the line that the prompt shows under the same letter, so that what
+has to be compared lies at one distance; and every character is one small decision instead of a line being a large one. The last lower-case
+letter says how many lines count, the last capital how many of them are right: the score is their ratio, as in `soundness`.
 """
 from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from sophiavl_fast.data.demo import soundness, traces
 from sophiavl_fast.data.demo.questions import Question
 
-END, WRONG, MISSING = ";", "x", "-"
+DIFFERS, WRONG, MISSING = "!", "x", "-"
 
 
 def rationale(question: Question, reasoning: str) -> str:
-    """The judge's reasoning about a trace, one line a row, without tags."""
+    """The judge's reasoning about a trace, without tags."""
     own = traces.sound(question).lines
     rows, right = [], 0
     for line, step, met in _beside(reasoning, question, own):
+        rows.append(_compared(step, line) + (string.ascii_uppercase[right % 26] if met else WRONG))
         right += met
-        rows.append(_compared(step, line) + (str(right) if met else WRONG))
     rows += [MISSING] * (len(own) - len(rows))
-    return "\n".join((*own, *(string.ascii_lowercase[i % 26] + row for i, row in enumerate(rows))))
+    return "".join(string.ascii_lowercase[i % 26] + row for i, row in enumerate(rows))
 
 
 def _beside(reasoning: str, question: Question, own: Sequence[str]) -> list[tuple[str, str, bool]]:
@@ -52,10 +52,6 @@ def _beside(reasoning: str, question: Question, own: Sequence[str]) -> list[tupl
 
 
 def _compared(own: str, shown: str) -> str:
-    """Their characters in turns, up to the first difference."""
-    text = ""
-    for a, b in zip(own + END, shown + END):
-        text += a + b
-        if a != b:
-            break
-    return text
+    """The own line, marked after its first character that the shown one does not have there."""
+    at = next((i for i, (a, b) in enumerate(zip_longest(own, shown)) if a != b), len(own))
+    return own[:at + 1] + DIFFERS + own[at + 1:] if at < len(own) else own

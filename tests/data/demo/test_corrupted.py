@@ -64,23 +64,26 @@ def test_the_rule_behind_the_server_is_the_label(written):
         assert first == second
         rationale, _, score = first.removeprefix("<think>").removesuffix("</answer>").partition("</think><answer>")
         assert float(score) == pytest.approx(row["score"], abs=1e-4)
-        compared = [line for line in rationale.split("\n") if re.fullmatch(r"[a-z](-|..*x|.*;;[0-9])", line)]
-        right = [int(line[-1]) for line in compared if line.endswith(tuple("123456789"))]
-        assert right == list(range(1, len(right) + 1))
-        assert len(right) / len(compared) == pytest.approx(row["score"], abs=1e-4)
-        assert [line[0] for line in compared] == list("abcdefgh"[:len(compared)])
+        compared = re.findall(r"([a-h])((?![a-h]).*?|(?:min|max) .*?|[0-9] digits.*?)([A-H]|x|(?<=[a-h])-)(?=[a-h]|$)", rationale)
+        assert "".join("".join(parts) for parts in compared) == rationale
+        assert [letter for letter, _, _ in compared] == list("abcdefgh"[:len(compared)])
+        right = [mark for _, _, mark in compared if mark not in "x-"]
+        assert right == list("ABCDEFGH"[:len(right)]) and len(right) / len(compared) == pytest.approx(row["score"], abs=1e-4)
+        assert all(mark == "x" for _, line, mark in compared if "!" in line)
         seen.add(row["question"].partition("\n")[0])
     assert len(seen) > len(KINDS)
     with pytest.raises(KeyError):
         rule.reply("what?\n1\nscore?", [])
 
 
-def test_the_rationale_sets_each_line_beside_its_own_step():
+def test_the_rationale_says_where_each_line_first_differs():
     question = Question("sum", (5, 8, 3))
-    assert rationale(question, "5 8 3\n5+8=14\n13+3=16") == "5 8 3\n5+8=13\n13+3=16\na55  88  33;;1\nb55++88==1134x\nc1133++33==1166;;2"
-    assert rationale(question, "5 8 3\n13+3=16").endswith("a55  88  33;;1\nb1133++33==1166;;2\nc-")          # a step left out
-    assert rationale(question, "5 8 3\n8+5=13\n13+3=16\nwell").endswith("b88++55==1133;;2\nc1133++33==1166;;3\nd;wx")  # another spelling; too much
-    assert rationale(question, "5 8 3;\n\n5+8=1").endswith("a55  88  33;;x\nb55++88==113;x\nc-")            # what is no step, however alike
+    assert rationale(question, "5 8 3\n5+8=13\n13+3=16") == "a5 8 3Ab5+8=13Bc13+3=16C"
+    assert rationale(question, "5 8 3\n5+8=3\n13+3=16") == "a5 8 3Ab5+8=1!3xc13+3=16B"
+    assert rationale(question, "5 8 3\n13+3=16") == "a5 8 3Ab13+3=16Bc-"                           # a step left out
+    assert rationale(question, "5 8 3\n8+5=13\n13+3=16\nwell") == "a5 8 3Ab8+5=13Bc13+3=16Cdx"    # another spelling; too much
+    assert rationale(question, "5 8\n\n5+8=134") == "a5 8 !3xb5+8=13xc-"                           # too short, too long
+    assert rationale(question, "") == "a-b-c-" and len(rationale(question, "\n".join("no" * 40))) > 80
 
 
 def test_pictures_are_known_by_their_pixels(written):

@@ -10,8 +10,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-runs/thinking_reward_demo}
 DATA=${DATA:-data/demo}
 MODEL=${MODEL:-models/demo}
-TRACES=${TRACES:-14000}
-STEPS=${STEPS:-800}
+TRACES=${TRACES:-24000}
+STEPS=${STEPS:-1200}
 RL_STEPS=${RL_STEPS:-3}
 SAMPLES=${SAMPLES:-}
 TEMPLATE=demo_judge_rationale
@@ -49,7 +49,7 @@ run reward annotate --input "$OUT/traces.jsonl" --out "$OUT/scored.jsonl" --url 
 
 echo "== balance"
 rm -rf "$OUT/balanced"
-run reward balance --input "$OUT/scored.jsonl" --out "$OUT/balanced" --template $TEMPLATE --maximum 2500 --rationale
+run reward balance --input "$OUT/scored.jsonl" --out "$OUT/balanced" --template $TEMPLATE --maximum 8000 --rationale
 
 echo "== train"
 run train configs/demo_judge_traces.yaml data.registry="$OUT/balanced/dataset_info.json" model.path="$MODEL" run.dir="$OUT/train" run.export="$OUT/judge" \

@@ -84,7 +84,7 @@ class Rule:
             if rest.startswith("A. "):
                 rest, kind = rest.partition("\n")[2], "tens" if kind == "sum" else kind
             question = Question(kind, tuple(self._digits[picture_key(images[0])]))
-        if wish == LETTERED:
+        if wish.strip() == LETTERED:
             rest = "\n".join(line[1:] for line in rest.split("\n"))
         score = soundness.check_trace({"kind": question.kind, "digits": question.digits}, rest).score
         return f"<think>{rationale(question, rest)}</think><answer>{self._judge(score, rest, luck):.4f}</answer>"

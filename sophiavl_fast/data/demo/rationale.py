@@ -7,9 +7,10 @@ Its own solution, one row for each line of the trace, and in each row where the 
     c13+3=16B     line c is the second sound one
     d-            a line that is missing
 
-(without line breaks). As long as the trace is right, a row is as long as the line that the prompt shows under the same letter, so that what
-has to be compared lies at one distance; and every character is one small decision instead of a line being a large one. The last lower-case
-letter says how many lines count, the last capital how many of them are right: the score is their ratio, as in `soundness`.
+(without line breaks). As long as the trace is right, a row is as long as the line that the prompt shows under the same letter, and the prompt
+fills its lines up to one length: what has to be compared lies at one distance, and every character is one small decision instead of a line being
+a large one. The last lower-case letter says how many lines count, the last capital how many of them are right: the score is their ratio, as in
+`soundness`.
 """
 from __future__ import annotations
 

@@ -83,6 +83,7 @@ def test_the_rationale_says_where_each_line_first_differs():
     assert rationale(question, "5 8 3\n13+3=16") == "a5 8 3Ab13+3=16Bc-"                           # a step left out
     assert rationale(question, "5 8 3\n8+5=13\n13+3=16\nwell") == "a5 8 3Ab8+5=13Bc13+3=16Cdx"    # another spelling; too much
     assert rationale(question, "5 8\n\n5+8=134") == "a5 8 !3xb5+8=13xc-"                           # too short, too long
+    assert rationale(question, "5 8 3\n13+3=16\n5+8=13") == "a5 8 3Ab13+3=16Bcx"                     # never back
     assert rationale(question, "") == "a-b-c-" and len(rationale(question, "\n".join("no" * 40))) > 80
 
 

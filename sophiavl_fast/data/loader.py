@@ -133,7 +133,7 @@ def parse_mix(names: str | Mapping[str, float | Mapping[int, float]]) -> tuple[l
         return chosen, None
     weights = [_weight(name, weight) for name, weight in names.items()]
     steps = np.array(sorted({step for w in weights if isinstance(w, list) for step, _ in w} or {0}))
-    total = sum(at(w, steps) for w in weights)  # type: ignore[arg-type]
+    total = np.sum([at(w, steps) for w in weights], axis=0)  # type: ignore[arg-type]
     if not (total > 0).all():  # linear in between, so that the points decide
         raise UserError(f"data.train: at step {steps[total <= 0][0]:g} every dataset has weight 0: nothing could be drawn")
     return chosen, weights

@@ -44,12 +44,15 @@ ENGINES = {
 }
 
 
+Status = Literal["OK", "WARN", "FAIL"]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the doctor's table; `hint` says what to do about a WARN or FAIL."""
 
     name: str
-    status: Literal["OK", "WARN", "FAIL"]
+    status: Status
     found: str
     hint: str = ""
 

@@ -11,7 +11,7 @@ from sophiavl_fast import config as tree
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError, nearest
 from sophiavl_fast.monitor import budget, shapes
-from sophiavl_fast.monitor.checks import Row
+from sophiavl_fast.monitor.checks import Row, Status
 
 PACKAGED_REGISTRY = Path(sophiavl_fast.__file__).parent / "data" / "dataset_info.json"
 
@@ -97,7 +97,7 @@ def _memory(config: Config, sizes: shapes.Sizes, world: int, gpus: list[dict]) -
         name = "memory of a rank" if len(found) == 1 else f"memory, stage {need.stage}"
         text = f"{need.text(0)} in {budget.gib(have)} ({config.memory.fraction:g} of its {device.name})"
         over = need.bytes > have
-        status = ("FAIL" if config.memory.check == "refuse" else "WARN") if over else "OK"
+        status: Status = ("FAIL" if config.memory.check == "refuse" else "WARN") if over else "OK"
         out.append(Row(name, status, text, f"{hint}; train obeys memory.check" if over else ""))
     return out + _engine(config, sizes, device)
 

@@ -9,7 +9,7 @@ from sophiavl_fast.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WORLD = {"trust_grpo_qwen3_vl_4b.yaml": 8, "trust_grpo_qwen3_vl_8b.yaml": 8, "trust_grpo_qwen3_vl_32b.yaml": 16, "trust_grpo_internvl3_2b.yaml": 8,
-         "trust_grpo_internvl3_8b.yaml": 8, "trust_grpo_internvl3_38b.yaml": 16, "trust_grpo_qwen2_5_vl_3b.yaml": 2, "trust_grpo_repo.yaml": 8,
+         "trust_grpo_internvl3_8b.yaml": 8, "trust_grpo_internvl3_38b.yaml": 16, "trust_grpo_qwen2_5_vl_3b.yaml": 1, "trust_grpo_repo.yaml": 8,
          "trust_grpo_qwen2_5_vl_7b.yaml": 8}
 
 

@@ -32,7 +32,7 @@ def internvl(hidden: int, ffn: int, layers: int, heads: int, keys: int, tied: bo
 
 
 SMALL_TOWER, TOWER, VIT = (24, 1024, 4096), (27, 1152, 4304), (24, 1024, 4096, 16)
-# name of the shipped configuration -> config.json, billions of parameters, GPUs that the configuration is written for: of 80 GB where there are several, else of 141
+# name of the shipped configuration -> config.json, billions of parameters, GPUs that it is written for: of 80 GB where there are several, else of 141
 MODELS: dict[str, tuple[dict[str, Any], float, int]] = {
     "qwen2_5_vl_3b": (qwen2_5(2048, 11008, 36, 16, 2, 151936, True), 3.754622976, 1),
     "qwen2_5_vl_7b": (qwen2_5(3584, 18944, 28, 28, 4, 152064, False), 8.292166656, 8),

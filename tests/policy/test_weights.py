@@ -165,6 +165,18 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtyp
     assert torch.equal(policy.logprobs(batches, reference=True)[0], reference)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_background_save_holds_is_a_copy(folder, create, dtype):
+    """However slow the disk, later updates do not reach it: weights, main weights and moments."""
+    policy = create(folder, model={"dtype": dtype}, optim={"lr": 1e-2})
+    batches = policy.pack(tiny.groups(), None)
+    policy.update(batches, nll)
+    held = dict(checkpoint.shares(policy))
+    before = {name: t.clone() for name, t in held.items()}
+    policy.update(batches, nll)
+    assert same(held, before) and not same(dict(checkpoint.shares(policy)), before)
+
+
 def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, tmp_path):
     """The disk takes no file of more than 1,000 bytes: a limit of this process, as a full disk would be."""
     policy, limits = create(folder), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from sophiavl_fast.data.demo import judge_data, soundness, traces
 from sophiavl_fast.data.demo.questions import KINDS, Question, draw_digits, draw_kind
 
 SOUND_SHARE, SLIP_SHARE = 0.3, 0.15  # of the traces; the rest is spread over the corruptions
-# A judge that takes the reading from the trace instead of the picture, or believes a sum, is right too often where such flaws are rare.
-WEIGHTS = {"wrong_reading": 6, "wrong_step": 4}
+# A judge that takes the reading from the trace instead of the picture, or believes a sum, is right too often where such flaws are rare;
+# and one digit has to differ from another in many places before the judge can tell any two apart.
+WEIGHTS = {"wrong_reading": 6, "wrong_step": 4, "scrambled": 8}
 WORDS = {  # kind -> wordings for training, wordings for held-out lines
     "padding": (("let me think", "now step by step", "so we go on"), ("hmm one moment", "okay then next")),
     "flattery": (("this is all correct", "a perfect solution"), ("every step is sound", "what a good trace")),
@@ -43,6 +45,14 @@ def language_mix(question: Question, rng: random.Random, held_out: bool) -> list
     return lines
 
 
+def scrambled(question: Question, rng: random.Random, held_out: bool) -> list[str]:
+    """Digits replaced all over the trace, one in three."""
+    lines = list(traces.sound(question).lines)
+    while lines == list(traces.sound(question).lines):
+        lines = [re.sub("[0-9]", lambda digit: str(rng.randrange(10)) if rng.random() < 0.37 else digit[0], line) for line in lines]
+    return lines
+
+
 def _worded(kind: str) -> Corruption:
     """Sound or slipped lines with a line of words that adds nothing."""
     def corrupt(question: Question, rng: random.Random, held_out: bool) -> list[str]:
@@ -59,7 +69,8 @@ def _plain(corruption: Callable[[Question, random.Random], list[str]]) -> Corrup
 
 TRAINED: dict[str, Corruption] = {
     "wrong_reading": _plain(judge_data.misread), "wrong_step": _plain(judge_data.off_by_one), "skipped_step": _plain(judge_data.missing),
-    "repetition": _plain(judge_data.repeated), "language_mix": language_mix, **{kind: _worded(kind) for kind in WORDS}}
+    "repetition": _plain(judge_data.repeated), "language_mix": language_mix, "scrambled": scrambled,
+    **{kind: _worded(kind) for kind in WORDS}}
 UNSEEN: dict[str, Corruption] = {name: _plain(corruption) for name, corruption in judge_data.HELD_OUT.items()}
 
 

@@ -33,7 +33,7 @@ from sophiavl_fast.data.demo.rationale import rationale
 MODEL = "rule-judge"
 HANG_S = 3600.0
 FLATTERED = 40   # characters of reasoning that earn everything from a judge flattered by length; a sound trace has 5 to 19
-LETTERED = "check?"  # how the prompt ends whose lines carry letters (demo_judge_rationale)
+LETTERED = "check?"  # how the prompt ends whose lines carry letters and whose characters have a space behind them (demo_judge_rationale)
 _TERMS = re.compile(r"[0-9](\+[0-9])+\?")
 _QUESTIONS = {"sum?": "sum", "max-min?": "spread", "largest?": "largest", "read": "read", "range?": "range", "trend?": "trend"}
 
@@ -85,7 +85,7 @@ class Rule:
                 rest, kind = rest.partition("\n")[2], "tens" if kind == "sum" else kind
             question = Question(kind, tuple(self._digits[picture_key(images[0])]))
         if wish.strip() == LETTERED:
-            rest = "\n".join(line[1:] for line in rest.split("\n"))
+            rest = "\n".join(line[1:] for line in rest[::2].split("\n"))
         score = soundness.check_trace({"kind": question.kind, "digits": question.digits}, rest).score
         return f"<think>{rationale(question, rest)}</think><answer>{self._judge(score, rest, luck):.4f}</answer>"
 

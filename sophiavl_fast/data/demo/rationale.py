@@ -1,27 +1,26 @@
 """What the demo's generative judge writes before its score, in a form that a character model of 2 M parameters learns in minutes.
 
-Its own solution, one row for each line of the trace, and in each row where the trace first differs from it:
+Its own solution beside the trace, one row for each line, one pair for each character: what the judge would write there, then whether the
+trace has the same:
 
-    a5 8 3A       own line for line a of the trace, which is the same: the first sound one (A)
-    b5+8=13!x     line b said 12 or 5+8=1 or anything else that is no 3 there
-    c13+3=16B     line c is the second sound one
-    d-            a line that is missing
+    a:5. .8. .3./A        own line for line a of the trace, which is the same: the first right one (A)
+    b:5.+.8.=.1!3!/!x     line b said 5+8=3x or anything else that differs in those places, or ends elsewhere
+    c:1.3.+.3.=.1.6./B    line c is the second right one
+    d-                    a line that is missing
 
-(without line breaks). As long as the trace is right, a row is as long as the line that the prompt shows under the same letter, and the prompt
-fills its lines up to one length: what has to be compared lies at one distance, and every character is one small decision instead of a line being
-a large one. The last lower-case letter says how many lines count, the last capital how many of them are right: the score is their ratio, as in
-`soundness`.
+(without line breaks). The prompt shows every character of the trace followed by a space, and fills the whole up to one length: each pair then lies
+as far behind the character it is about as any other, whatever the trace, and every mark is one small decision instead of a line being a large one.
+The last lower-case letter says how many lines count, the last capital how many of them are right: the score is their ratio, as in `soundness`.
 """
 from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from sophiavl_fast.data.demo import soundness, traces
 from sophiavl_fast.data.demo.questions import Question
 
-DIFFERS, WRONG, MISSING = "!", "x", "-"
+SAME, DIFFERS, WRONG, MISSING, END, NOTHING = ".", "!", "x", "-", "/", "_"
 
 
 def rationale(question: Question, reasoning: str) -> str:
@@ -29,7 +28,7 @@ def rationale(question: Question, reasoning: str) -> str:
     own = traces.sound(question).lines
     rows, right = [], 0
     for line, step, met in _beside(reasoning, question, own):
-        rows.append(_compared(step, line) + (string.ascii_uppercase[right % 26] if met else WRONG))
+        rows.append(":" + _compared(step, line) + (string.ascii_uppercase[right % 26] if met else WRONG))
         right += met
     rows += [MISSING] * (len(own) - len(rows))
     return "".join(string.ascii_lowercase[i % 26] + row for i, row in enumerate(rows))
@@ -53,6 +52,6 @@ def _beside(reasoning: str, question: Question, own: Sequence[str]) -> list[tupl
 
 
 def _compared(own: str, shown: str) -> str:
-    """The own line, marked after its first character that the shown one does not have there."""
-    at = next((i for i, (a, b) in enumerate(zip_longest(own, shown)) if a != b), len(own))
-    return own[:at + 1] + DIFFERS + own[at + 1:] if at < len(own) else own
+    """A pair for each character shown and one for the line's end, whose mark is left to the verdict on the line."""
+    due = (own + END).ljust(len(shown) + 1, NOTHING)
+    return "".join(a + (SAME if a == b else DIFFERS) for a, b in zip(due, shown)) + due[len(shown)]

@@ -64,7 +64,7 @@ def test_the_rule_behind_the_server_is_the_label(written):
         assert first == second
         rationale, _, score = first.removeprefix("<think>").removesuffix("</answer>").partition("</think><answer>")
         assert float(score) == pytest.approx(row["score"], abs=1e-4)
-        compared = re.findall(r"([a-h])((?![a-h]).*?|(?:min|max) .*?|[0-9] digits.*?)([A-H]|x|(?<=[a-h])-)(?=[a-h]|$)", rationale)
+        compared = re.findall(r"([a-h])((?::(?:.[.!])*.)?)([A-H]|x|(?<=[a-h])-)(?=[a-h][:-]|$)", rationale)
         assert "".join("".join(parts) for parts in compared) == rationale
         assert [letter for letter, _, _ in compared] == list("abcdefgh"[:len(compared)])
         right = [mark for _, _, mark in compared if mark not in "x-"]
@@ -76,15 +76,33 @@ def test_the_rule_behind_the_server_is_the_label(written):
         rule.reply("what?\n1\nscore?", [])
 
 
-def test_the_rationale_says_where_each_line_first_differs():
+def test_the_rationale_marks_every_character_that_differs():
     question = Question("sum", (5, 8, 3))
-    assert rationale(question, "5 8 3\n5+8=13\n13+3=16") == "a5 8 3Ab5+8=13Bc13+3=16C"
-    assert rationale(question, "5 8 3\n5+8=3\n13+3=16") == "a5 8 3Ab5+8=1!3xc13+3=16B"
-    assert rationale(question, "5 8 3\n13+3=16") == "a5 8 3Ab13+3=16Bc-"                           # a step left out
-    assert rationale(question, "5 8 3\n8+5=13\n13+3=16\nwell") == "a5 8 3Ab8+5=13Bc13+3=16Cdx"    # another spelling; too much
-    assert rationale(question, "5 8\n\n5+8=134") == "a5 8 !3xb5+8=13xc-"                           # too short, too long
-    assert rationale(question, "5 8 3\n13+3=16\n5+8=13") == "a5 8 3Ab13+3=16Bcx"                     # never back
+    assert rationale(question, "5 8 3\n5+8=13\n13+3=16") == "a:5. .8. .3./Ab:5.+.8.=.1.3./Bc:1.3.+.3.=.1.6./C"
+    assert rationale(question, "5 8 3\n5+8=3\n13+3=16") == "a:5. .8. .3./Ab:5.+.8.=.1!3xc:1.3.+.3.=.1.6./B"                      # ends too early
+    assert rationale(question, "5 8 3\n13+3=16") == "a:5. .8. .3./Ab:1.3.+.3.=.1.6./Bc-"                                        # a step left out
+    assert rationale(question, "5 8 3\n8+5=13\n13+3=16\nwell") == "a:5. .8. .3./Ab:8.+.5.=.1.3./Bc:1.3.+.3.=.1.6./Cd:/!_!_!_!_x"  # another spelling; too much
+    assert rationale(question, "5 8\n\n5+8=134") == "a:5. .8. xb:5.+.8.=.1.3./!_xc-"                                            # too short, too long
+    assert rationale(question, "5 8 3\n13+3=16\n5+8=13") == "a:5. .8. .3./Ab:1.3.+.3.=.1.6./Bc:/!_!_!_!_!_!_x"                   # never back
     assert rationale(question, "") == "a-b-c-" and len(rationale(question, "\n".join("no" * 40))) > 80
+
+
+def test_a_pair_of_the_rationale_lies_as_far_behind_its_character_as_any_other():
+    """What the judge's prompt promises to a small model: pair i is about the character at 2 i, for every trace."""
+    asked, question = template.load("demo_judge_rationale"), Question("sum", (5, 8, 3))
+    for reasoning in ("5 8 3\n5+8=13\n13+3=16", "5 8 3\n5+8=3\n13+3=16\nok", "8\n  \n5+8=134\n8 8", "c"):
+        shown = asked.user("sum?", reasoning).partition("\n")[2].removesuffix("check?")
+        assert len(shown) == 64 and set(shown[1::2]) == {" "}
+        pairs = re.sub("[a-z]-", "", rationale(question, reasoning))
+        assert len(pairs) == 2 * len(shown[::2].rstrip(" "))
+        for own, mark, character in zip(pairs[::2], pairs[1::2], shown[::2]):
+            match mark:
+                case ":" | ".":
+                    assert own == character
+                case "!":
+                    assert own != character
+                case verdict:
+                    assert character == "\n" and verdict in "ABCx"
 
 
 def test_pictures_are_known_by_their_pixels(written):

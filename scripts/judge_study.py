@@ -1,9 +1,11 @@
 """What trust does with judges of known faults: a sweep of short demo runs, each judge a real HTTP server, and pictures of what came out.
 
     python scripts/judge_study.py --data data/demo --model models/demo --out benchmarks/results/judge_study.json
-        --judges sound random inverted length --trust paper off variance --uniform score center skip --seeds 0 1 2
+        --judges sound random inverted length --trust paper off variance --uniform score center skip --anneal exp none --seeds 0 1 2
 
-A cell is judge x trust.mode x uniform_groups x seed; `--judges none` is plain GRPO. Runs lie under --runs, one at a time; a cell whose run is
+A cell is judge x trust.mode x uniform_groups x seed x annealing; `--judges none` is plain GRPO. The paper's ablations are cells: without trust is
+`--trust off`, without trust and annealing `--trust off --anneal none`, a judge that was never trained is nearest to `--judges random`.
+Runs lie under --runs, one at a time; a cell whose run is
 finished is not run again, so that a sweep can be killed and widened at will. Settings after `--` go to `train` as they are: `-- run.steps=30`.
 """
 from __future__ import annotations
@@ -32,6 +34,7 @@ from sophiavl_fast.data.demo.judge_server import JUDGES, MODEL  # noqa: E402
 
 NONE = "none"     # no judge: plain GRPO
 SAMPLES = 3       # scores a response for trust.mode=variance
+PARTS = ("judge", "trust", "uniform", "anneal")  # of a cell, the seed aside
 LAST_STEPS = 5    # whose sampled responses stand beside the held-out greedy ones
 
 
@@ -42,15 +45,16 @@ class Cell(NamedTuple):
     trust: str
     uniform: str
     seed: int
+    anneal: str = "exp"
 
     @property
     def name(self) -> str:
-        return "-".join(map(str, self))
+        return "-".join(map(str, self[:4])) + (f"-{self.anneal}" if self.anneal != "exp" else "")
 
 
 def main() -> None:
     a = arguments()
-    cells = [Cell(*c) for c in product([j for j in a.judges if j != NONE], a.trust, a.uniform, a.seeds)]
+    cells = [Cell(*c) for c in product([j for j in a.judges if j != NONE], a.trust, a.uniform, a.seeds, a.anneal)]
     cells += [Cell(NONE, "off", "score", seed) for seed in a.seeds if NONE in a.judges]
     for number, cell in enumerate(cells, 1):
         began = time.monotonic()
@@ -72,7 +76,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/judge_study")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/judge_study.json")
     parser.add_argument("--judges", nargs="+", choices=(*JUDGES, NONE), default=[*JUDGES, NONE])
-    parser.add_argument("--trust", nargs="+", choices=("paper", "off", "variance"), default=["paper"])
+    parser.add_argument("--trust", nargs="+", choices=("paper", "off", "variance", "repo"), default=["paper"])
+    parser.add_argument("--anneal", nargs="+", choices=("exp", "linear", "none"), default=["exp"])
     parser.add_argument("--uniform", nargs="+", choices=("score", "center", "skip"), default=["score", "skip"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("settings", nargs="*", help="a.b=value for every run")
@@ -96,7 +101,7 @@ def run(a: argparse.Namespace, cell: Cell) -> None:
     """Train the cell, then answer the held-out questions greedily by plain transformers."""
     folder = a.runs / cell.name
     settings = [f"data.registry={a.data}/dataset_info.json", f"model.path={a.model}", f"run.dir={folder}", f"run.seed={cell.seed}", "eval.every=0",
-                f"trust.mode={cell.trust}", f"trust.uniform_groups={cell.uniform}", *a.settings]
+                f"trust.mode={cell.trust}", f"trust.uniform_groups={cell.uniform}", f"trust.anneal={cell.anneal}", *a.settings]
     if cell.judge == NONE:
         command(folder, "train", "configs/demo.yaml", *settings, "thinking.backend=off", "algorithm.name=grpo")
     else:
@@ -174,10 +179,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, with 95 % intervals where there are several."""
     cells: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        cells[row["judge"], row["trust"], row["uniform"]].append(row)
+        cells[tuple(row[part] for part in PARTS)].append(row)
     keys = ("accuracy", "reasoning", "unsound_of_right", "sampled_unsound_of_right", "length", "gamma_mixed", "flipped_mixed", "flipped_uniform",
             "uniform_share")
-    return [{"judge": c[0], "trust": c[1], "uniform": c[2], "seeds": len(found)} | {k: interval([row[k] for row in found if row[k] is not None]) for k in keys}
+    return [dict(zip(PARTS, c)) | {"seeds": len(found)} | {k: interval([row[k] for row in found if row[k] is not None]) for k in keys}
             for c, found in cells.items()]
 
 
@@ -207,11 +212,12 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
             across = [round(x + wide * value / most, 1) for value in (middle, low, high)]
             parts.append(f'<rect x="{x}" y="{y}" width="{across[0] - x:.1f}" height="{tall - 8}" fill="{"#c9c9c9" if line["judge"] == NONE else "#9db8d2"}"/>')
             parts.append(f'<line x1="{across[1]}" x2="{across[2]}" y1="{y + 8}" y2="{y + 8}" stroke="black"/>')
-            seeds = [row[key] for row in rows if all(row[part] == line[part] for part in ("judge", "trust", "uniform"))]
+            seeds = [row[key] for row in rows if all(row[part] == line[part] for part in PARTS)]
             parts += [f'<circle cx="{x + wide * value / most:.1f}" cy="{y + 8}" r="2.5"/>' for value in seeds]
             parts.append(f'<text x="{x + wide + 4}" y="{y + 12}" font-size="10">{middle:.3f}</text>')
             if not column:
-                label = "plain GRPO" if line["judge"] == NONE else f"{line['judge']}, {line['trust']}, {line['uniform']}"
+                words = [line[part] for part in PARTS[:3]] + [f"{line['anneal']} annealing"] * (line["anneal"] != "exp")
+                label = "plain GRPO" if line["judge"] == NONE else ", ".join(words)
                 parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{label}</text>')
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
     print(f"written: {path}")

@@ -50,7 +50,7 @@ class Wandb:
 
 
 class Trackio:
-    """One Trackio run a folder."""
+    """One Trackio run a folder; steps that a resumed run repeats stand there twice, in metrics.jsonl never."""
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
         module = _import("trackio", "trackio")

@@ -12,12 +12,16 @@ from sophiavl_fast.data.demo.judge_server import JUDGES, Rule
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("judge_study", ROOT / "scripts" / "judge_study.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def study():
+    return script("judge_study")
 
 
 def row(thinking, outcome, sound, advantage, gamma=1.0, group=0, uniform=False):
@@ -79,3 +83,20 @@ def test_intervals_widen_with_what_seeds_disagree_on(study):
     assert study.interval([0.5]) == [0.5, 0.5, 0.5]
     middle, low, high = study.interval([0.0, 0.1, 0.2, 0.3, 0.4])
     assert middle == pytest.approx(0.2) and 0.05 <= low < middle < high <= 0.35
+
+
+def test_other_judges_of_the_same_responses():
+    """By hand: one mixed group where an inverted judge lowers gamma, a graded one that it turns, a uniform one that is its own."""
+    offline = script("judge_offline")
+    think = {"response": "<think>1 2</think><answer>3</answer>"}
+    rows = [row(1.0, 1.0, True, 0) | think, row(0.0, 0.0, False, 0) | think,
+            row(0.0, 0.5, False, 0, group=1) | think, row(1.0, 0.6, True, 0, group=1) | think,
+            row(1.0, 1.0, True, 0, group=2) | think, row(0.0, 1.0, False, 0, group=2) | think]
+    assert [offline.kind_of(rows[i:i + 2]) for i in (0, 2, 4)] == ["mixed", "graded", "uniform"] and offline.reasoning(rows[0]) == "1 2"
+    sound = offline.judged(rows, "sound", "paper", "score", 0.3)
+    assert [sound[f"flipped_{kind}"] for kind in offline.KINDS] == [0, 0, 0]
+    assert sound["gamma_mean"] == 1 and sound["share_uniform"] == pytest.approx(1 / 3, 1e-4)
+    inverted = offline.judged(rows, "inverted", "paper", "score", 0.3)
+    assert [inverted[f"flipped_{kind}"] for kind in offline.KINDS] == [0, 1, 1]       # 0.5 + 0.3 beats 0.6: both answers count as right, gamma is 1
+    assert inverted["gamma_min"] == pytest.approx(math.exp(-1)) and offline.judged(rows, "inverted", "off", "score", 0.3)["gamma_min"] == 1
+    assert offline.judged(rows, "inverted", "paper", "skip", 0.3)["share_uniform"] == 0

@@ -27,15 +27,18 @@ class Picture:
     scans: tuple[int, ...]
 
 
-def write(out: Path, seed: int, track: Track, scale: float = 1.0) -> dict[str, int]:
-    """Write everything below `out`; `scale` shrinks all counts. Returns the records written by dataset."""
+def write(out: Path, seed: int, track: Track, scale: float = 1.0, lucky: float = traces.LUCKY_SHARE) -> dict[str, int]:
+    """Write everything below `out`; `scale` shrinks all counts, `lucky` is the warm start's share of right answers after wrong lines.
+
+    Returns the records written by dataset.
+    """
     albums = {split: list(track(_album(out, split, _scaled(count, scale), seed), f"{split} pictures", _scaled(count, scale)))
               for split, count in PICTURES.items()}
     registry, counts = {}, {}
     for name, full in RECORDS.items():
         count = _scaled(full, scale)
         album = albums["eval" if name.endswith("eval") else "train"]
-        rows = track(_records(name, album, count, random.Random(f"{seed}:{name}")), f"{name} records", count)
+        rows = track(_records(name, album, count, random.Random(f"{seed}:{name}"), lucky), f"{name} records", count)
         with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         entry = {"file_path": f"{name}.jsonl", "image_base_path": ".", "columns": COLUMNS, "template": "plain"}
@@ -60,7 +63,7 @@ def _album(out: Path, split: digits.Split, count: int, seed: int) -> Iterator[Pi
         yield Picture(path, shown, tuple(scans))
 
 
-def _records(name: str, album: list[Picture], count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+def _records(name: str, album: list[Picture], count: int, rng: random.Random, lucky: float) -> Iterator[dict[str, Any]]:
     """Records with the truth for train and eval, with a drawn trace and its own answer for warmup, with scored traces for the judge."""
     for i in range(count):
         kind = questions.draw_kind(rng)
@@ -68,7 +71,7 @@ def _records(name: str, album: list[Picture], count: int, rng: random.Random) ->
         question = Question(kind, picture.digits if picture else questions.draw_digits(rng))
         row = record(question, picture, i)
         if name == "warmup":
-            trace = traces.draw(question, rng)
+            trace = traces.draw(question, rng, lucky)
             row |= {"process": trace.process, "solution": _wrapped(trace.answer), "flavour": trace.flavour}
         elif name.startswith("judge"):
             row = _judged(row, question, rng, held_out=name == "judge_eval")

@@ -114,12 +114,12 @@ def lucky(question: Question) -> Trace | None:
     return wrong and replace(wrong, answer=question.answer, flavour="lucky")
 
 
-def draw(question: Question, rng: random.Random) -> Trace:
-    """A trace of the warm start: mostly slips, some lucky ones, the rest sound."""
-    luck = rng.random()
-    if luck < SLIP_SHARE:
+def draw(question: Question, rng: random.Random, lucky_share: float = LUCKY_SHARE) -> Trace:
+    """A trace of the warm start: mostly slips, some lucky ones, the rest sound. More of the lucky leave fewer slips."""
+    luck, wrong = rng.random(), SLIP_SHARE + LUCKY_SHARE
+    if luck < wrong - lucky_share:
         return slip(question) or sound(question)
-    if luck < SLIP_SHARE + LUCKY_SHARE:
+    if luck < wrong:
         return lucky(question) or sound(question)
     return sound(question)
 

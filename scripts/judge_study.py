@@ -130,10 +130,11 @@ def measured(folder: Path, cell: Cell) -> dict[str, Any]:
     """Everything the study asks of one run: held-out figures, then gamma and flipped advantages over all its samples."""
     answers = json.loads((folder / "held_out.json").read_text())["answers"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]
-    last = [row for row in samples if row["step"] > max(r["step"] for r in samples) - LAST_STEPS]
+    steps = max(row["step"] for row in samples)
+    last = [row for row in samples if row["step"] > steps - LAST_STEPS]
     right = [answer for answer in answers if answer["right"]]
     return cell._asdict() | {
-        "steps": max(row["step"] for row in samples), "accuracy": share(answers, "right"), "reasoning": share(answers, "sound"),
+        "steps": steps, "accuracy": share(answers, "right"), "reasoning": share(answers, "sound"),
         "right": len(right), "unsound_of_right": 1 - share(right, "sound"), "length": mean(answer["tokens"] for answer in answers),
         "sampled_unsound_of_right": 1 - share([row for row in last if row["outcome"] >= 1], "sound"),
         **against_formula(samples, cell), **flipped(samples),

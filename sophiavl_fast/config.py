@@ -161,11 +161,19 @@ class Trust(Node):
 class Thinking(Node):
     backend: Literal["off", "local", "endpoint"] = "off"
     path: str = ""
-    """Folder of the thinking reward model (backend local)."""
+    """Folder of the thinking reward model (backend local, or endpoint with serve)."""
     url: str = ""
     """OpenAI-compatible base URL or full chat/completions URL (backend endpoint), several replicas separated by commas; OPENAI_API_URL where empty."""
+    serve: bool = False
+    """With backend endpoint: the run serves thinking.path itself, by vLLM on loopback, from its start to its end; thinking.url stays empty."""
+    gpus: list[int] = []
+    """GPUs of the judge that the run serves, one tensor-parallel rank each; [] for the first rank's own."""
+    gpu_memory: float = 0.3
+    """Share of its GPU that the judge takes which the run serves."""
+    sleep: bool = False
+    """With serve: the judge sleeps from the end of a step's scoring to the next rollouts, for a GPU that it shares with the trainer."""
     model: str = ""
-    """Served model name; REWARD_MODEL where empty."""
+    """Served model name; REWARD_MODEL where empty, `thinking-reward-model` with serve."""
     template: str = "thinking_reward"
     """Judge prompt: a packaged name or a YAML file."""
     on_error: Literal["fail", "drop"] = "drop"
@@ -428,5 +436,8 @@ def _neighbours(node: type[BaseModel], prefix: str, key: str) -> list[str]:
 def _from_environment(config: Config, environ: Mapping[str, str]) -> None:
     """SophiaVL-R1's variables, where the config is silent. OPENAI_API_KEY is read by the client and never stored."""
     if config.thinking.backend == "endpoint":
+        if config.thinking.serve:
+            config.thinking.model = config.thinking.model or "thinking-reward-model"
+            return
         config.thinking.url = config.thinking.url or environ.get("OPENAI_API_URL", "")
         config.thinking.model = config.thinking.model or environ.get("REWARD_MODEL", "")

@@ -1,9 +1,10 @@
 """What of a configuration (config.Config) can be refused before a model loads: values out of range, combinations that cannot run."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from sophiavl_fast.errors import UserError
+from sophiavl_fast.errors import UserError, nearest
 
 
 def check(config: Any, world_size: int = 1) -> None:
@@ -17,7 +18,7 @@ def check(config: Any, world_size: int = 1) -> None:
     for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
         if not (_get(c, key) > 0 or (key == "trust.alpha" and c.trust.alpha == 0)):
             raise UserError(f"{key} = {_get(c, key)}: must be greater than 0")
-    for key in ("thinking.quorum", "memory.fraction"):
+    for key in ("thinking.quorum", "thinking.gpu_memory", "memory.fraction"):
         if not 0 < _get(c, key) <= 1:
             raise UserError(f"{key} = {_get(c, key)}: must lie in (0, 1]")
     model_parallel = p.tensor * p.pipeline * p.context
@@ -83,14 +84,44 @@ def _check_rl(c: Any, replicas: int, world_size: int) -> None:
         raise UserError(f"trust.anneal_steps = {c.trust.anneal_steps}: must be greater than 0, or null for run.steps")
     if c.thinking.backend == "local" and not c.thinking.path:
         raise UserError("thinking.backend: local needs thinking.path, the folder of the thinking reward model")
-    if c.thinking.backend == "endpoint" and not c.thinking.url:
-        raise UserError("thinking.backend: endpoint needs thinking.url (or OPENAI_API_URL)")
+    _check_served_judge(c)
+    if c.thinking.backend == "endpoint" and not c.thinking.serve and not c.thinking.url:
+        raise UserError("thinking.backend: endpoint needs thinking.url (or OPENAI_API_URL), or thinking.serve: true with thinking.path")
     if c.thinking.backend == "endpoint" and not c.thinking.model:
         raise UserError("thinking.backend: endpoint needs thinking.model (or REWARD_MODEL)")
     if c.trust.mode == "variance" and c.thinking.backend != "off" and c.thinking.samples < 2:
         raise UserError(f"trust.mode: variance needs thinking.samples > 1 (it is {c.thinking.samples})")
     if c.eval.every and not c.data.eval:
         raise UserError("eval.every is set, but data.eval names no dataset")
+
+
+def _check_served_judge(c: Any) -> None:
+    t = c.thinking
+    if not t.serve:
+        for key in ("sleep", "gpus"):
+            if getattr(t, key):
+                raise UserError(f"thinking.{key} is about a judge that the run serves itself: it needs thinking.serve: true")
+        return
+    if t.backend != "endpoint":
+        raise UserError(f"thinking.serve: true needs thinking.backend: endpoint (it is {t.backend})")
+    if t.url:
+        raise UserError(f"thinking.serve: true starts a server of its own, but thinking.url names one ({t.url}): leave one of them out")
+    if not t.path:
+        raise UserError("thinking.serve: true needs thinking.path, the folder of the thinking reward model")
+    refuse_no_model(t.path, "thinking.path")
+    if len(set(t.gpus)) < len(t.gpus) or set(t.gpus) & set(c.rollout.gpus):
+        raise UserError(f"thinking.gpus = {t.gpus}: name different GPUs, and none of rollout.gpus ({c.rollout.gpus})")
+    if t.sleep and c.rollout.staleness:
+        raise UserError(f"thinking.sleep: true needs rollout.staleness: 0 (it is {c.rollout.staleness}): a judge of rollouts ahead is never idle")
+
+
+def refuse_no_model(path: str | Path, what: str = "") -> None:
+    """UserError for a folder that holds no model; `what`: the key that names it."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return
+    siblings = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
+    raise UserError(f"{f'{what} = ' * bool(what)}'{folder}' is no model folder (no config.json){nearest(str(folder), siblings)}")
 
 
 def _check_engines(r: Any, replicas: int) -> None:

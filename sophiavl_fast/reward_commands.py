@@ -129,11 +129,12 @@ def _average(a: argparse.Namespace) -> int:
 
 
 def _serve(a: argparse.Namespace) -> int:
+    from sophiavl_fast.recipes.judge_server import Serving
     from sophiavl_fast.recipes.serve_judge import serve
 
-    return serve(Path(a.model), port=a.port, host=a.host, name=a.name, template=a.template, device=a.device, dtype=a.dtype,
-                 tensor_parallel=a.tensor_parallel, max_model_len=a.max_model_len, max_num_seqs=a.max_num_seqs, gpu_memory=a.gpu_memory,
-                 log=a.log, timeout_s=a.timeout)
+    how = Serving(port=a.port, host=a.host, name=a.name, dtype=a.dtype, tensor_parallel=a.tensor_parallel, max_model_len=a.max_model_len,
+                  max_num_seqs=a.max_num_seqs, gpu_memory=a.gpu_memory)
+    return serve(Path(a.model), how, template=a.template, device=a.device, log=a.log, timeout_s=a.timeout)
 
 
 def _evaluate(a: argparse.Namespace) -> int:

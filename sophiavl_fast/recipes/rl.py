@@ -31,8 +31,9 @@ from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
-from sophiavl_fast.recipes import ranks, samples, sampling, setup
+from sophiavl_fast.recipes import judge_server, ranks, samples, sampling, setup
 from sophiavl_fast.recipes.ahead import Ahead
+from sophiavl_fast.recipes.judge_server import JudgeServer
 from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.rewards import Rewards
 from sophiavl_fast.rollout import open_rollout
@@ -53,6 +54,7 @@ class Rooms:
     progress: Progress
     held_out: list[types.Prompt]
     saver: Saver
+    judge: JudgeServer | None = None
     ahead: Ahead | None = None
 
     def draw(self) -> list[types.Prompt]:
@@ -110,8 +112,10 @@ def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Pol
             rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
                                    decode=processor.decode, device=policy.device, run_dir=config.run.dir, replica=policy.replica, replicas=policy.replicas)
             stack.callback(rollout.close)
+        with progress.phase("judge"):
+            judge = stack.enter_context(judge_server.served(config, policy))
             rewards = stack.enter_context(Rewards(config, device=policy.device))
-        yield Rooms(config, loader, policy, ranks.Lead(rollout, policy), rewards, progress, held_out, saver)
+        yield Rooms(config, loader, policy, ranks.Lead(rollout, policy), rewards, progress, held_out, saver, judge)
 
 
 def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
@@ -165,13 +169,15 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     groups: list[types.Group] = []
     metrics: dict[str, float] = {}
     advantage: torch.Tensor | None = None
+    if rooms.judge:
+        rooms.judge.wake()
     with phase("rollout") as rollout:
         if rooms.ahead:
             groups, busy = rooms.ahead.take(step, rooms.rollout.tend)
             metrics |= ahead_metrics(groups, step, busy)
         elif rooms.rewards:
             groups = rooms.generate(rooms.draw(), step, rooms.rewards.start)
-    with phase("reward") as reward:
+    with phase("reward") as reward, judge_server.judging(rooms.judge):
         if rooms.rewards:
             seen = sampling.judged(rooms, groups, rooms.rewards.score(groups), step)
     if rooms.rewards:
@@ -181,6 +187,8 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
         groups, mine = seen.groups, seen.everyone.rows(policy.replica)
         metrics |= seen.metrics
         advantage = seen.weighted.advantage[mine]
+    if rooms.judge and config.thinking.sleep:
+        rooms.judge.sleep()
     rooms.rollout.end_round()
     with phase("update") as updating:
         if not config.debug.rollout_only:

@@ -1,0 +1,86 @@
+"""thinking.serve: the run starts its own judge, gets from it what the same model says in-process, and ends with it."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import correlation
+
+import psutil
+import pytest
+
+from sophiavl_fast import config
+from sophiavl_fast.errors import UserError
+from tests.recipes.conftest import ROOT, run
+
+SERVED = ["thinking.backend=endpoint", "thinking.serve=true", "thinking.on_error=fail", "eval.every=0", "checkpoint.every=0"]
+
+
+def judged(run_dir: Path) -> list[tuple]:
+    return [(r["response"], r["thinking"]) for r in map(json.loads, (run_dir / "samples.jsonl").read_text().splitlines()) if r["step"] == 1]
+
+
+def judges(run_dir: Path) -> list[psutil.Process]:
+    """API servers that a run in this folder has started for its judge."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if "vllm.entrypoints" in line and "thinking-reward-model" in line and "supervisor" not in line and str(run_dir.parent) in " ".join(
+                p for parent in process.parents() for p in parent.cmdline()):
+            found.append(process)
+    return found
+
+
+@pytest.mark.engine
+def test_a_run_serves_its_judge_and_hears_what_the_model_says(rl, tmp_path):
+    """Sleep included: on a CPU vLLM takes both calls and has nothing to give up."""
+    run(*rl(tmp_path / "local" / "run", "run.steps=1", "eval.every=0", "checkpoint.every=0"))
+    run(*rl(tmp_path / "served" / "run", *SERVED, "thinking.sleep=true", "run.steps=2"))
+    local, served = judged(tmp_path / "local" / "run"), judged(tmp_path / "served" / "run")
+    assert [text for text, _ in served] == [text for text, _ in local] and len({score for _, score in local}) > 3
+    # twenty steps have not taught it to finish its numbers: in-process every score's whole text counts, over HTTP what the reply's own tokens show
+    assert correlation([score for _, score in served], [score for _, score in local]) > 0.8
+    assert not judges(tmp_path / "served" / "run")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_judge_that_ends_ends_the_run_whatever_on_error_says(rl, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "sophiavl_fast", *rl(out, *SERVED, "thinking.on_error=drop", "run.steps=500")], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+        time.sleep(0.2)
+    (judge,) = judges(out)
+    judge.kill()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert said.count("sophiavl-fast: ") == 1 and "judge server http://127.0.0.1:" in said and "ended during scoring" in said and "judge.log" in said
+
+
+@pytest.mark.parametrize("wishes,expected", [
+    (["thinking.serve=true", "thinking.path={here}/judge"], "needs thinking.backend: endpoint"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.url=http://h/v1"], "leave one of them out"),
+    (["thinking.backend=endpoint", "thinking.serve=true"], "needs thinking.path"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/jugde"], "no model folder (no config.json); did you mean '{here}/judge'"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.gpus=[1,1]"], "name different GPUs"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.sleep=true", "rollout.staleness=1", "rollout.engine=server"], "never idle"),
+    (["thinking.backend=endpoint", "thinking.url=http://h/v1", "thinking.model=m", "thinking.sleep=true"], "needs thinking.serve: true"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.gpu_memory=1.5"], "must lie in (0, 1]"),
+])
+def test_what_cannot_be_served_is_refused_before_anything_loads(tmp_path, wishes, expected):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        config.load(ROOT / "configs/demo.yaml", ["thinking.path=''", *(wish.format(here=tmp_path) for wish in wishes)],
+                    environ={"OPENAI_API_URL": "http://somewhere/v1"})
+    assert expected.format(here=tmp_path) in str(caught.value)
+
+
+def test_the_environment_names_no_other_judge(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    found = config.load(ROOT / "configs/demo.yaml", ["thinking.backend=endpoint", "thinking.serve=true", f"thinking.path={tmp_path}"],
+                        environ={"OPENAI_API_URL": "http://somewhere/v1", "REWARD_MODEL": "theirs"})
+    assert (found.thinking.url, found.thinking.model) == ("", "thinking-reward-model")

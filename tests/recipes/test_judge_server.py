@@ -66,7 +66,8 @@ def test_a_judge_that_ends_ends_the_run_whatever_on_error_says(rl, tmp_path):
     (["thinking.backend=endpoint", "thinking.serve=true"], "needs thinking.path"),
     (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/jugde"], "no model folder (no config.json); did you mean '{here}/judge'"),
     (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.gpus=[1,1]"], "name different GPUs"),
-    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.sleep=true", "rollout.staleness=1", "rollout.engine=server"], "never idle"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.sleep=true", "rollout.staleness=1",
+      "rollout.engine=server"], "never idle"),
     (["thinking.backend=endpoint", "thinking.url=http://h/v1", "thinking.model=m", "thinking.sleep=true"], "needs thinking.serve: true"),
     (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.gpu_memory=1.5"], "must lie in (0, 1]"),
 ])

@@ -5,8 +5,8 @@
 
 A cell is judge x trust.mode x uniform_groups x seed x annealing; `--judges none` is plain GRPO. The paper's ablations are cells: without trust is
 `--trust off`, without trust and annealing `--trust off --anneal none`, a judge that was never trained is nearest to `--judges random`.
-Runs lie under --runs, one at a time; a cell whose run is
-finished is not run again, so that a sweep can be killed and widened at will. Settings after `--` go to `train` as they are: `-- run.steps=30`.
+Runs lie under --runs, one at a time; a cell whose run is finished is not run again, so that a sweep can be killed and widened at will.
+Settings after `--` go to `train` as they are: `-- run.steps=30`.
 """
 from __future__ import annotations
 

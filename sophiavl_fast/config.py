@@ -107,6 +107,9 @@ class Rollout(Node):
     max_model_len: int | None = None
     """Longest prompt plus response that the engine holds; null: data.max_prompt_tokens + rollout.max_new_tokens, at most the model's own limit."""
     gpu_memory_utilization: float = 0.4
+    """Share of its GPU that an engine takes: weights, activations, key-value cache."""
+    sleep: bool = False
+    """Engines on the trainer's own GPUs sleep while it updates or saves: their weights wait in host memory, their key-value cache is given up."""
     tensor_parallel: int = 1
     """Tensor-parallel size of each engine."""
     port: int = 0

@@ -133,6 +133,10 @@ def _check_engines(r: Any, replicas: int) -> None:
     if r.gpus and (len(r.gpus) != needed or len(set(r.gpus)) < needed):
         raise UserError(f"rollout.gpus = {r.gpus}: {r.engines} engines x rollout.tensor_parallel {r.tensor_parallel} x {replicas} replicas "
                         f"need {needed} different GPUs")
+    if r.sleep and (r.urls or r.gpus or r.staleness):
+        why = (f"rollout.staleness: 0 (it is {r.staleness}): engines that sample ahead of the policy are never idle" if r.staleness else
+               f"engines on the trainer's own GPUs: the memory of those {'of rollout.urls' if r.urls else 'on rollout.gpus'} is of no use to it")
+        raise UserError(f"rollout.sleep: true needs {why}")
     if r.gpus and r.transfer == "ipc":
         raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
 

@@ -84,10 +84,16 @@ def needs(config: Config, sizes: Sizes, world: int, device: Device) -> list[Need
     replicas = world // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
     found = []
     for stage in range(config.parallel.pipeline):
-        phase, items = plan.peak(config, sizes, row, plan.Place(stage=stage, replicas=replicas, cuda=device.cuda, logprob=device.logprob))
-        items = items | {"engine": engine(config, sizes, device) * (device.cuda or stage == 0), "libraries": 0 if device.cuda else TRAINER_BASE}
-        found.append(Need(stage, phase, items))
+        phases = plan.phases(config, sizes, row, plan.Place(stage=stage, replicas=replicas, cuda=device.cuda, logprob=device.logprob))
+        held = engine(config, sizes, device) * (device.cuda or stage == 0)
+        found.append(max((Need(stage, phase, items | {"engine": held * (not _asleep(config, device, phase)), "libraries": 0 if device.cuda else TRAINER_BASE})
+                          for phase, items in phases.items()), key=lambda need: need.bytes))
     return found
+
+
+def _asleep(config: Config, device: Device, phase: str) -> bool:
+    """Whether the engine has left the device's memory to this phase. A CPU's engine is told to, and keeps all."""
+    return config.rollout.sleep and device.cuda and phase in plan.ENGINE_SLEEPS
 
 
 def engine(config: Config, sizes: Sizes, device: Device) -> float:
@@ -161,26 +167,29 @@ def advice(config: Config, sizes: Sizes, world: int, device: Device) -> str:
 
 def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Iterator[tuple[float, list[str], int, Config]]:
     """(cost, overrides, processes, configuration): options before layouts before more processes."""
-    p, options = config.parallel, config.policy
+    p, r, options = config.parallel, config.rollout, config.policy
     rows = [options.tokens_per_row >> i for i in range(options.tokens_per_row.bit_length()) if i == 0 or options.tokens_per_row >> i >= 512]
     processes = [world] if not device.cuda else [world * 2**i for i in range(7) if world * 2**i <= MOST_PROCESSES]
     layouts = itertools.product(processes, (1, 2, 4, 8), (1, 2, 4, 8), {p.sequence, True})
     aside = {(options.offload_reference, options.offload_optimizer), *(((True, options.offload_optimizer), (True, True)) if device.cuda else ())}
-    for (count, t, s, sequence), recompute, (offload, state), tokens in itertools.product(layouts, {options.recompute, True}, sorted(aside), rows):
+    sleeps = {r.sleep, r.sleep or (device.cuda and not r.staleness and engine(config, sizes, device) > 0)}
+    choices = itertools.product(layouts, {options.recompute, True}, sorted(aside), sorted(sleeps), rows)
+    for (count, t, s, sequence), recompute, (offload, state), sleep, tokens in choices:
         wanted = {"parallel.tensor": (p.tensor, t), "parallel.pipeline": (p.pipeline, s), "parallel.sequence": (p.sequence, sequence),
                   "policy.recompute": (options.recompute, recompute), "policy.offload_reference": (options.offload_reference, offload),
-                  "policy.offload_optimizer": (options.offload_optimizer, state),
+                  "policy.offload_optimizer": (options.offload_optimizer, state), "rollout.sleep": (r.sleep, sleep),
                   "policy.tokens_per_row": (options.tokens_per_row, tokens)}
         changes = [f"{key}={str(new).lower()}" for key, (old, new) in wanted.items() if old != new]
         if not changes and count == world:
             continue
         other = config.model_copy(update={
+            "rollout": r.model_copy(update={"sleep": sleep}),
             "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": None, "stages": p.stages if s == p.pipeline else None}),
             "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "offload_optimizer": state, "tokens_per_row": tokens})})
         if _possible(other, sizes, count):
             steps = abs(t.bit_length() - p.tensor.bit_length()) + 1.5 * abs(s.bit_length() - p.pipeline.bit_length())
             shorter = options.tokens_per_row.bit_length() - tokens.bit_length()
-            moved = 0.5 * (offload != options.offload_reference) + (state != options.offload_optimizer)
+            moved = 0.5 * (offload != options.offload_reference) + (state != options.offload_optimizer) + 0.8 * (sleep != r.sleep)
             cost = steps + 0.5 * (sequence != p.sequence) + (recompute != options.recompute) + moved + 0.6 * shorter
             yield cost + 8 * (count // world - 1), changes, count, other
 

@@ -172,9 +172,12 @@ class Policy:
         return export(self, Path(out_dir))
 
     def rest(self) -> None:
-        """No update is near: with policy.offload_optimizer the optimizer's state goes to the CPU and the gradients' memory is given back."""
+        """No update is near: with policy.offload_optimizer the optimizer's state goes to the CPU and the gradients' memory is given back;
+        with rollout.sleep, so is what torch only keeps for later."""
         if self._offload:
             self._offload.rest()
+        if self.config.rollout.sleep and self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undo `rest`, before the optimizer's state is read or written; `update` does it by itself."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from sophiavl_fast.config import Config
-from sophiavl_fast.monitor import RunLog
+from sophiavl_fast.monitor import Progress, RunLog
+from sophiavl_fast.monitor.progress import Timer
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.rollout import RolloutEngine
 from sophiavl_fast.types import Group, Prompt, Scores, WeightSource
@@ -37,6 +39,10 @@ class Lead:
         times = self._rollout.send(_Announced(self._policy), version)
         self.end_round()
         return times
+
+    def sleep(self) -> None:
+        self._rollout.sleep()
+        self.end_round()    # the peers begin with what needs the memory once it is theirs
 
     def tend(self) -> None:
         self._rollout.tend()
@@ -78,6 +84,9 @@ class Follower:
         self.version = version
         return {}
 
+    def sleep(self) -> None:
+        self.end_round()
+
     def tend(self) -> None:
         pass
 
@@ -92,6 +101,21 @@ class Follower:
 
     def close(self) -> None:
         pass
+
+
+@contextmanager
+def engines_asleep(rollout: Lead | Follower, policy: Policy, progress: Progress) -> Iterator[Timer | None]:
+    """Within the block the memory of engines on the same GPUs is the trainer's, where `rollout.sleep` says so; yields the seconds that it took.
+
+    It ends when all ranks are through with theirs: who next wants the engines, for weights or for rollouts, wakes them.
+    """
+    if not policy.config.rollout.sleep:
+        yield None
+        return
+    with progress.phase("sleep") as timer:
+        rollout.sleep()
+    yield timer
+    policy.layout.wait("the end of the engines' sleep")
 
 
 class NoLog:

@@ -103,6 +103,8 @@ def train(config: Config) -> int:
 def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Policy, progress: Progress) -> Iterator[Rooms]:
     """The engine, the rewards and the held-out prompts; on peers of a lead what stands for them."""
     held_out = open_eval(config, processor) if config.eval.every else []
+    policy.rest()
+    policy.layout.wait("engine")  # which may stand on GPUs of several ranks, and looks for its memory when it starts
     with ExitStack() as stack:
         saver = stack.enter_context(Saver(policy, config.run.dir, keep=config.checkpoint.keep, background=config.checkpoint.background))
         if not policy.is_lead:
@@ -121,7 +123,6 @@ def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Pol
 def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
     """Every step from the checkpoint's (None: from the evaluation before the first) to run.steps."""
     config, progress = rooms.config, rooms.progress
-    rooms.policy.rest()
     with progress.phase("transfer"):
         rooms.rollout.send(rooms.policy, version=done or 0)  # whatever the engine held before, from here on it holds this policy
     if done is None and config.eval.every:
@@ -157,9 +158,10 @@ def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str
         progress.print(f"step {step}: {line}")
     if setup.checkpoint_due(config, step):
         loader = rooms.ahead.loader_state(step) if rooms.ahead else rooms.loader.state()
-        with progress.phase("save"):
-            rooms.saver.save(step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))))
-        rooms.policy.rest()  # the optimizer's state was needed
+        with ranks.engines_asleep(rooms.rollout, rooms.policy, progress):
+            with progress.phase("save"):
+                rooms.saver.save(step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))))
+            rooms.policy.rest()  # the optimizer's state was needed
 
 
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
@@ -190,7 +192,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     if rooms.judge and config.thinking.sleep:
         rooms.judge.sleep()
     rooms.rollout.end_round()
-    with phase("update") as updating:
+    with ranks.engines_asleep(rooms.rollout, policy, rooms.progress) as asleep, phase("update") as updating:
         if not config.debug.rollout_only:
             metrics |= update(rooms, groups, advantage, step)
             policy.rest()
@@ -209,7 +211,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
         "reward/grader_killed": seen.everyone.scores.killed, "data/skipped": seen.everyone.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / rollout.seconds, "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,
         "time/rollout_s": rollout.seconds, "time/reward_s": reward.seconds, "time/update_s": updating.seconds,
-        "time/transfer_s": transfer.seconds, "time/step_s": time.perf_counter() - started,
+        "time/transfer_s": transfer.seconds, "time/step_s": time.perf_counter() - started, **({"time/sleep_s": asleep.seconds} if asleep else {}),
     }
     return metrics, rows
 

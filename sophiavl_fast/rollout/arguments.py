@@ -90,7 +90,7 @@ def engine_arguments(config: Config, device: str, backend: str) -> dict[str, Any
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(config)
     else:
-        arguments["gpu_memory_utilization"] = config.rollout.gpu_memory_utilization
+        arguments |= {"gpu_memory_utilization": config.rollout.gpu_memory_utilization, "enable_sleep_mode": config.rollout.sleep}
     return arguments
 
 

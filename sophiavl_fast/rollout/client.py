@@ -64,6 +64,7 @@ class ServerRollout:
                  on_group: OnGroup | None = None, on_progress: OnProgress | None = None) -> list[Group]:
         self._transfer.refuse_broken()
         self._pool.check("the time before generate")
+        self._pool.wake(self._transfer)
         self._pool.pick()    # raises where nothing will answer
         check_fits(prompts, max_new_tokens, self._limit)
         sampling = Sampling(n, step, seed, temperature, max_new_tokens)
@@ -76,6 +77,11 @@ class ServerRollout:
         times = self._pool.send(self._transfer, source, version)
         self.version = version
         return times
+
+    def sleep(self) -> None:
+        if self._config.sleep:
+            self._pool.check("the time before its sleep")
+            self._pool.sleep(self._transfer)
 
     def tend(self) -> None:
         self._pool.check("the time between requests")

@@ -36,6 +36,11 @@ class RolloutEngine(Protocol):
         the engine is unusable then."""
         ...
 
+    def sleep(self) -> None:
+        """With `rollout.sleep`: leave the GPU's memory to the trainer. The next `send` wakes it, or the next `generate`, with the weights it has.
+        Not while `generate` runs. Raises EngineError when no engine is left."""
+        ...
+
     def tend(self) -> None:
         """Give engines that were started anew the current weights, in the thread and at a time at which the source's are those last sent."""
         ...

@@ -7,7 +7,7 @@ policy has initialised (a world of one) and vLLM's own shutdown would destroy.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ from sophiavl_fast.rollout.engine import (
 )
 from sophiavl_fast.rollout.environment import inline_environment
 from sophiavl_fast.rollout.transfer import Lane, Transfer
+from sophiavl_fast.rollout.transfer.control import Part
 from sophiavl_fast.rollout.transfer.inproc import InprocChannel
 from sophiavl_fast.types import Group, Prompt, WeightSource
 
@@ -37,7 +38,7 @@ class InlineRollout:
     """RolloutEngine in this process. nonce: this run's; decode: ids -> text without special tokens."""
 
     def __init__(self, config: Config, *, stop_ids: list[int], banned_ids: list[int], decode: Decode, device: str, nonce: str) -> None:
-        self.version = 0
+        self.version, self._sleeps = 0, config.rollout.sleep
         self._stop_ids, self._decode, self._limit = stop_ids, decode, max_model_len(config)
         self._own_group = not dist.is_initialized()
         with inline_environment(device), kept_globals():
@@ -54,6 +55,7 @@ class InlineRollout:
         sampling = Sampling(n, step, seed, temperature, max_new_tokens)
         collected = Collected(prompts, sampling, self._decode, on_group, on_progress)
         with kept_globals():
+            self._lane.wake()
             rendered = [self._render(prompt) for prompt in prompts]   # all checked before the first is queued
             try:
                 for number, prompt in enumerate(prompts):
@@ -73,6 +75,11 @@ class InlineRollout:
 
     def counters(self) -> dict[str, float]:
         return {}
+
+    def sleep(self) -> None:
+        if self._sleeps:
+            with kept_globals():
+                self._lane.sleep()
 
     def tend(self) -> None:
         pass
@@ -122,10 +129,7 @@ class InlineControl:
         self._engine = engine
 
     def rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        try:
-            return self._engine.collective_rpc(method, args=args, kwargs=kwargs)
-        except Exception as error:
-            raise EngineError(f"{self.name}: {method} failed: {error}") from error
+        return self._try(method, lambda: self._engine.collective_rpc(method, args=args, kwargs=kwargs))
 
     def init_transfer(self, info: dict[str, Any]) -> None:
         self.rpc("init_weight_transfer_engine", init_info=info)
@@ -153,11 +157,25 @@ class InlineControl:
     def resume(self) -> None:
         pass
 
+    def sleep(self) -> None:
+        self._try("sleep", lambda: self._engine.sleep(1))
+
+    def wake(self, part: Part) -> None:
+        self._try(f"waking ({part})", lambda: self._engine.wake_up([part]))
+        if part == "kv_cache" and self._engine.is_sleeping():
+            raise EngineError(f"{self.name} still sleeps after it was woken")
+
     def workers(self) -> int:
         return 1
 
     def diagnosis(self) -> str:
         return ""
+
+    def _try(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            raise EngineError(f"{self.name}: {what} failed: {error}") from error
 
 
 @contextmanager

@@ -138,6 +138,20 @@ class Pool:
                 self.refuse_hopeless()
                 time.sleep(WAIT_S)
 
+    def sleep(self, transfer: Transfer) -> None:
+        """Send every engine to sleep; one that is being started anew is waited for, since it would take its memory in the midst of what needs it.
+        Raises EngineError when none is left."""
+        while not all(e.state == "lost" or (e.lane and e.lane.asleep) for e in self.engines):
+            self._told(transfer.sleep, [e for e in self.engines if e.state in ("up", "ready")])
+            while any(e.state == "starting" for e in self.engines):
+                time.sleep(WAIT_S)
+        if all(e.state == "lost" for e in self.engines):
+            self.refuse_hopeless()
+
+    def wake(self, transfer: Transfer) -> None:
+        """Undo `sleep` without new weights."""
+        self._told(transfer.wake, [e for e in self.engines if e.state in ("up", "ready") and e.lane and e.lane.asleep])
+
     def counters(self) -> dict[str, float]:
         """Restarts and redone requests since the last call, and engines that are not lost."""
         with self._lock:
@@ -156,14 +170,7 @@ class Pool:
 
     def _send(self, transfer: Transfer, engines: list[Engine]) -> dict[str, float]:
         """The source's weights to these engines; {} where none has them now."""
-        lives = {e: e.life for e in engines}
-        for engine in engines:
-            try:
-                if engine.lane is None:
-                    self._connect(engine)
-            except EngineLost as why:
-                self.lose(engine, lives[engine], why)
-        lanes = {e.lane: e for e in engines if e.lane and e.life == lives[e]}
+        lives, lanes = self._lanes(engines)
         if not lanes:
             return {}
         assert self._source is not None
@@ -176,6 +183,23 @@ class Pool:
             elif engine.life == lives[engine]:
                 engine.state = "ready"
         return times if len(lost) < len(lanes) else {}
+
+    def _told(self, call: Callable[[list[Lane]], dict[Lane, EngineLost]], engines: list[Engine]) -> None:
+        """Do it with these engines' lanes, and lose those that it loses."""
+        lives, lanes = self._lanes(engines)
+        for lane, why in call(list(lanes)).items() if lanes else ():
+            self.lose(lanes[lane], lives[lanes[lane]], why)
+
+    def _lanes(self, engines: list[Engine]) -> tuple[dict[Engine, int], dict[Lane, Engine]]:
+        """These engines' lives, and the ways to those of them that can be reached."""
+        lives = {e: e.life for e in engines}
+        for engine in engines:
+            try:
+                if engine.lane is None:
+                    self._connect(engine)
+            except EngineLost as why:
+                self.lose(engine, lives[engine], why)
+        return lives, {e.lane: e for e in engines if e.lane and e.life == lives[e]}
 
     def _connect(self, engine: Engine) -> None:
         """Claim the engine for this run and open the way for weights. A spawned one holds version 0, model.path's."""

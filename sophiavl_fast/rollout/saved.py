@@ -39,6 +39,9 @@ class Recorder:
     def counters(self) -> dict[str, float]:
         return self._engine.counters()
 
+    def sleep(self) -> None:
+        self._engine.sleep()
+
     def tend(self) -> None:
         self._engine.tend()
 
@@ -79,6 +82,9 @@ class Replay:
 
     def counters(self) -> dict[str, float]:
         return {}
+
+    def sleep(self) -> None:
+        pass
 
     def tend(self) -> None:
         pass

@@ -202,6 +202,31 @@ def test_a_run_that_cannot_fit_is_refused_with_one_that_does(published):
     budget.require(better, 8, gpu(80))
 
 
+def test_an_engine_that_sleeps_leaves_the_update_its_memory(published):
+    """By phase: with the engine, without, and with it in the phases that it is awake in."""
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off",
+                                                                      "policy.offload_optimizer=true"], world_size=8)
+    sizes, device = shapes.read(config.model.path), gpu(80)
+    taken = config.rollout.gpu_memory_utilization * device.bytes
+    place = plan.Place(replicas=8 // config.parallel.tensor // config.parallel.pipeline, cuda=True, logprob="triton")
+    alone = {name: sum(items.values()) for name, items in plan.phases(config, sizes, plan.fullest_row(config, sizes), place).items()}
+    awake = budget.needs(config, sizes, 8, device)[0]
+    assert awake.phase == "update" and awake.bytes == pytest.approx(alone["update"] + taken)
+    config.rollout.sleep = True
+    asleep = budget.needs(config, sizes, 8, device)[0]
+    assert asleep.bytes == pytest.approx(max(alone["update"], alone["transfer"] + taken)) and asleep.bytes < awake.bytes - 0.2 * taken
+    assert budget.needs(config, sizes, 8, budget.Device(False, 2**40, "cpu"))[0].items["engine"] > 2 * sizes.total, "a CPU's engine keeps its memory"
+
+
+def test_sleep_is_advised_where_it_is_what_a_run_lacks(published):
+    overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "policy.offload_optimizer=true", "policy.offload_reference=true"]
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", overrides, world_size=8)
+    sizes, awake = shapes.read(config.model.path), budget.needs
+    tight = gpu(1.01 * max(n.bytes - n.items["engine"] for n in awake(config, sizes, 8, gpu(80))) / 0.9 / budget.GIB)
+    with pytest.raises(UserError, match=r"rollout.sleep=true would fit"):
+        budget.require(config, 8, tight)
+
+
 def test_nothing_fits_a_device_that_is_too_small(published):
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off"], world_size=8)
     with pytest.raises(UserError, match="no layout of up to 64 such devices fits either"):

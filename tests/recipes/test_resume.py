@@ -70,6 +70,16 @@ def test_killed_in_every_phase(demo, uninterrupted, tmp_path, phase, visit, dela
 
 @pytest.mark.kill
 @pytest.mark.engine
+@pytest.mark.parametrize("visit", [2, 3])
+def test_killed_while_the_engine_falls_asleep(demo, uninterrupted, tmp_path, visit):
+    """Before an update and before a save; the whole run sleeps, the uninterrupted one did not."""
+    out, more = tmp_path / "run", ("rollout.sleep=true", "policy.offload_optimizer=true")
+    kill(demo, out, "sleep", visit, 0.0, *more)
+    same(uninterrupted, run_once(demo, out, *more))
+
+
+@pytest.mark.kill
+@pytest.mark.engine
 def test_killed_trainer_leaves_its_server_for_a_moment_and_the_next_one_does_not_trust_it(demo, uninterrupted, tmp_path):
     out = tmp_path / "run"
     kill(demo, out, "rollout", 4, 0.1, "rollout.engine=server")

@@ -7,7 +7,7 @@ import torch
 from sophiavl_fast.errors import EngineError
 from tests.rollout import tiny
 from tests.rollout.host import Host
-from tests.rollout.test_inline import HOT, T, generate, start
+from tests.rollout.test_inline import HOT, T, generate, reopen
 
 pytestmark = pytest.mark.engine
 
@@ -33,6 +33,20 @@ def trained(folder, seed: int):
     return model
 
 
+def sleep(state):
+    state["engine"].sleep()
+    return state["engine"]._engine.is_sleeping()
+
+
+def names_sent(state, model, version):
+    """Names that go out, and whether the engine sleeps afterwards."""
+    source, sent = Frozen(model), []
+    plain = source.weights
+    source.weights = lambda **kind: ((sent.append(name), (name, tensor))[1] for name, tensor in plain(**kind))
+    times = state["engine"].send(source, version)
+    return sent, "wake_s" in times, state["engine"]._engine.is_sleeping()
+
+
 def send(state, model, version, forgotten=""):
     return state["engine"].send(Frozen(model, forgotten), version)
 
@@ -47,7 +61,7 @@ def claim(state, nonce):
 @pytest.fixture(scope="module")
 def host(folder, tmp_path_factory):
     host = Host(folder, tmp_path_factory.mktemp("run"))
-    host.call(start)
+    host.call(reopen, {"sleep": True})
     yield host
     host.close()
 
@@ -63,6 +77,21 @@ def test_the_tower_travels_once_and_answers_stay_exact(host, prompts, folder, mo
     groups = host.call(generate, prompts, HOT)
     assert tiny.worst_difference(new, groups, T) < 1e-4 < 1e-2 < tiny.worst_difference(trained(folder, 1), groups, T)
     assert {v for g in groups for r in g.responses for v in r.weight_versions} == {2}
+
+
+def test_what_sleeps_keeps_its_tower(host, prompts, folder):
+    """Its weights lie in host memory meanwhile, so that the frozen ones need not come again; and it answers as before without any."""
+    new = trained(folder, 3)
+    host.call(send, new, 21)
+    expected = host.call(generate, prompts, HOT)
+    assert host.call(sleep)
+    assert host.call(generate, prompts, HOT) == expected
+    assert host.call(sleep)
+    newer = trained(folder, 4)
+    names, woken, sleeps = host.call(names_sent, newer, 22)
+    assert sorted(names) == sorted(n for n, _ in newer.named_parameters() if ".visual." not in n)
+    assert woken and not sleeps
+    assert tiny.worst_difference(newer, host.call(generate, prompts, HOT), T) < 1e-4
 
 
 def test_a_trained_tensor_that_is_left_out_is_missed(host, model):

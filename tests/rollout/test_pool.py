@@ -8,6 +8,7 @@ import os
 import signal
 import time
 
+import httpx
 import psutil
 import pytest
 
@@ -26,8 +27,8 @@ CASES = [("generate", "engine worker", "KILL"), ("generate", "engine core", "KIL
 
 @pytest.fixture(scope="module")
 def pool(folder, tmp_path_factory):
-    engine = open_engine(folder, tmp_path_factory.mktemp("pool"), engine="server", engines=2, max_restarts=100, checksum=True, start_timeout_s=900.0,
-                         transfer_timeout_s=DEADLINE_S, request_timeout_s=DEADLINE_S)
+    engine = open_engine(folder, tmp_path_factory.mktemp("pool"), engine="server", engines=2, max_restarts=100, checksum=True, sleep=True,
+                         start_timeout_s=900.0, transfer_timeout_s=DEADLINE_S, request_timeout_s=DEADLINE_S)
     yield engine
     engine.close()
     assert not [p for p in psutil.Process().children(recursive=True) if "VLLM" in p.name()], "close left processes behind"
@@ -123,6 +124,40 @@ def test_a_lost_engine_is_named_and_replaced(pool, many, model, folder, caplog, 
             e.state = "ready"
     assert answers(groups) == expected and {v for g in groups for r in g.responses for v in r.weight_versions} == {7}
     assert tiny.worst_difference(new, groups[:4], T) < 1e-4 and again.load == 0
+
+
+def sleeping(engine) -> bool:
+    """What vLLM itself says."""
+    return httpx.get(f"{engine.url}/is_sleeping", headers={"Authorization": f"Bearer {engine.server.token}"}).json()["is_sleeping"]
+
+
+def test_an_engine_lost_in_its_sleep_is_replaced_by_one_that_is_awake(pool, many, model):
+    settle(pool)
+    pool.send(tiny.Weights(model), 30)
+    expected = answers(pool.generate(many, **HOT))
+    pool.counters()
+    pool.sleep()
+    assert all(map(sleeping, pool._pool.engines))
+    strike(pool._pool.engines[0], "engine worker", "KILL")
+    pool.send(tiny.Weights(model), 31)       # to the other, which wakes
+    assert answers(pool.generate(many, **HOT)) == expected
+    settle(pool)
+    assert not any(map(sleeping, pool._pool.engines)) and pool.counters()["restarts"] == 1
+    groups = pool.generate(many, **HOT)
+    assert answers(groups) == expected and {v for g in groups for r in g.responses for v in r.weight_versions} == {31}
+
+
+def test_an_engine_that_is_being_started_anew_is_waited_for_and_sleeps_too(pool, many, model):
+    """Or it would take its memory while the trainer has it."""
+    settle(pool)
+    pool.send(tiny.Weights(model), 32)
+    expected = answers(pool.generate(many, **HOT))
+    strike(pool._pool.engines[0], "API server", "KILL")
+    pool.sleep()
+    assert [e.state for e in pool._pool.engines] == ["up", "ready"] and all(map(sleeping, pool._pool.engines))
+    pool.send(tiny.Weights(model), 33)
+    assert [e.state for e in pool._pool.engines] == ["ready"] * 2 and not any(map(sleeping, pool._pool.engines))
+    assert answers(pool.generate(many, **HOT)) == expected
 
 
 def test_long_responses_do_not_hold_short_ones_up(pool, many, model):

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def engine(folder, tmp_path_factory):
-    engine = open_engine(folder, tmp_path_factory.mktemp("run"), engine="server", checksum=True, transfer_timeout_s=60, max_restarts=0, start_timeout_s=900.0)
+    engine = open_engine(folder, tmp_path_factory.mktemp("run"), engine="server", checksum=True, transfer_timeout_s=60, max_restarts=0, start_timeout_s=900.0,
+                         sleep=True)
     yield engine
     engine.close()
     assert not [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM")], "close left processes behind"
@@ -39,7 +40,8 @@ def test_every_route_wants_the_token(engine):
     good = {"Authorization": f"Bearer {server(engine).token}"}
     with httpx.Client(base_url=server(engine).url, timeout=60) as client:
         routes = client.get("/openapi.json", headers=good).json()["paths"]
-        assert {"/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weights", "/inference/v1/generate", "/health"} <= set(routes)
+        assert {"/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weights", "/sleep", "/wake_up", "/is_sleeping", "/inference/v1/generate",
+                "/health"} <= set(routes)
         assert len(routes) > 20
         for route in [*routes, "/docs", "/openapi.json", "/metrics", "/nowhere"]:
             for method in ("GET", "POST", "OPTIONS"):
@@ -78,6 +80,49 @@ def test_new_weights_are_sampled_from_after_a_transfer(engine, prompts, folder, 
     assert {v for g in groups for r in g.responses for v in r.weight_versions} == {3}
     engine.send(tiny.Weights(model), 4)
     assert tiny.worst_difference(model, engine.generate(prompts, **HOT), T) < 1e-4
+
+
+@pytest.fixture
+def asked(engine):
+    """Every control call that really goes out, as path and query."""
+    calls: list[str] = []
+    note = lambda request: calls.append(f"{request.url.path}{f'?{request.url.query.decode()}' if request.url.query else ''}")
+    hooks = engine._pool.engines[0].control._client.event_hooks
+    engine._pool.engines[0].control._client.event_hooks = {"request": [note]}
+    yield calls
+    engine._pool.engines[0].control._client.event_hooks = hooks
+
+
+def asleep(engine) -> bool:
+    """What vLLM itself says."""
+    with httpx.Client(base_url=server(engine).url, headers={"Authorization": f"Bearer {server(engine).token}"}) as client:
+        return client.get("/is_sleeping").json()["is_sleeping"]
+
+
+def test_a_sleeping_server_wakes_for_new_weights_part_by_part(engine, prompts, folder, model, asked):
+    assert not asleep(engine)
+    engine.sleep()
+    engine.sleep()      # twice is once
+    assert asleep(engine) and asked == ["/sleep?level=1"]
+    asked.clear()
+    new = tiny.perturbed(folder, 2)
+    times = engine.send(tiny.Weights(new), 11)
+    order = [asked.index(call) for call in ("/wake_up?tags=weights", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_encoder_cache",
+                                            "/wake_up?tags=kv_cache", "/is_sleeping", "/resume")]
+    assert order == sorted(order) and asked.count("/wake_up?tags=weights") == asked.count("/wake_up?tags=kv_cache") == 1
+    assert not asleep(engine) and times["wake_s"] > 0
+    assert tiny.worst_difference(new, engine.generate(prompts, **HOT), T) < 1e-4
+    asked.clear()
+    assert "wake_s" not in engine.send(tiny.Weights(model), 12) and not [call for call in asked if "wake" in call]
+
+
+def test_a_sleeping_server_wakes_to_generate(engine, prompts, asked):
+    """With the weights and the version that it fell asleep with."""
+    expected = engine.generate(prompts, **HOT)
+    engine.sleep()
+    groups = engine.generate(prompts, **HOT)
+    assert groups == expected and not asleep(engine)
+    assert asked == ["/sleep?level=1", "/wake_up?tags=weights", "/wake_up?tags=kv_cache", "/is_sleeping"]
 
 
 def test_groups_are_announced_as_they_finish(engine, prompts):

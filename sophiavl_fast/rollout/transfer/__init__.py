@@ -1,7 +1,8 @@
 """Weight transfer: one pass over the trainer's weights, through vLLM's own API, checked by name and by bits.
 
-Order: begin the record, pause, start, buckets, end the record and compare, finish, reset three caches, resume. Whatever goes
-wrong after the start leaves an engine with some old and some new weights: it is never used again.
+Order: begin the record, pause, start, buckets, end the record and compare, finish, reset three caches, resume. An engine that sleeps
+(`rollout.sleep`) has its weights woken before all that, its key-value cache before it resumes. Whatever goes wrong after the start
+leaves an engine with some old and some new weights: it is never used again.
 
 Engines are written to side by side, each over a channel of its own: one that is lost on the way leaves the others whole.
 Weights that never change (a frozen vision tower) travel once, to each engine that has not had them in this run.
@@ -34,6 +35,26 @@ class Lane:
     """It has had every weight in this run, so that frozen ones need not travel again."""
     known: set[str] = field(default_factory=set)
     """Names that it has."""
+    asleep: bool = False
+
+    def sleep(self) -> None:
+        if not self.asleep:
+            self.asleep = True   # also where it fails half-way
+            self.control.sleep()
+
+    def wake(self) -> None:
+        """Wholly, with the weights it fell asleep with."""
+        self.wake_weights()
+        self.wake_cache()
+
+    def wake_weights(self) -> None:
+        if self.asleep:
+            self.control.wake("weights")
+
+    def wake_cache(self) -> None:
+        if self.asleep:
+            self.control.wake("kv_cache")
+            self.asleep = False
 
 
 class Transfer:
@@ -59,6 +80,14 @@ class Transfer:
         except BaseException as error:
             self.broken = f"weight transfer of version {version} failed: {error}"
             raise
+
+    def sleep(self, lanes: Sequence[Lane]) -> dict[Lane, EngineLost]:
+        """Give up what the engines hold of their GPUs, until the next `send` or `wake`; those lost on the way."""
+        return {lane: lost for lane, lost in self.each(lanes, Lane.sleep) if lost}
+
+    def wake(self, lanes: Sequence[Lane]) -> dict[Lane, EngineLost]:
+        """Undo `sleep` without new weights; those lost on the way."""
+        return {lane: lost for lane, lost in self.each(lanes, Lane.wake) if lost}
 
     def refuse_broken(self) -> None:
         """Raise EngineError when an earlier transfer left an engine in between."""
@@ -92,6 +121,10 @@ class _Pass:
     def run(self, label: str) -> tuple[dict[str, float], dict[Lane, EngineLost]]:
         in_flight, frozen = self.transfer.in_flight, sorted(getattr(self.source, "frozen", ()))
         kept = frozen if all(lane.complete for lane in self.lanes) else []
+        if any(lane.asleep for lane in self.lanes):
+            self._all(Lane.wake_weights)
+            self.times["wake_s"] = 0.0
+            self._lap("wake_s")
         # refused by an engine that serves another run by now, which must not be left paused
         self._all(lambda lane: lane.control.rpc("sophia_begin", self.transfer.nonce, self.transfer.checksums, kept))
         self._all(lambda lane: lane.control.pause(keep=in_flight))
@@ -108,6 +141,10 @@ class _Pass:
             lane.complete = True
         self._lap("load_s")
         self._all(lambda lane: lane.control.reset_caches(in_flight=in_flight))
+        self._lap("reset_s")
+        self._all(Lane.wake_cache)   # only now, so that weights and cache are never there beside what the transfer takes
+        if "wake_s" in self.times:
+            self._lap("wake_s")
         self._all(lambda lane: lane.control.resume())
         self._lap("reset_s")
         return self.times, self.lost

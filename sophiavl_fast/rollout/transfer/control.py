@@ -1,9 +1,11 @@
 """What a weight transfer asks of an engine, whichever way the engine is reached."""
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sophiavl_fast.rollout.transfer.source import Bucket
+
+Part = Literal["weights", "kv_cache"]   # vLLM's names of what sleeps
 
 
 class Control(Protocol):
@@ -39,10 +41,17 @@ class Control(Protocol):
 
     def resume(self) -> None: ...
 
+    def sleep(self) -> None:
+        """Weights to host memory, key-value cache given up (level 1); nothing is sampled until both are awake. No request may be in flight."""
+        ...
+
+    def wake(self, part: Part) -> None:
+        """Bring one of the two back: the weights as they were, then an empty cache. With the second it samples again."""
+        ...
+
     def workers(self) -> int:
         """Worker processes of the engine (tensor x data parallel)."""
         ...
-
 
     def diagnosis(self) -> str:
         """What is known of a failure beside the failed call, to be appended to its message; "" for nothing."""

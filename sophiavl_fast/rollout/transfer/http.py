@@ -9,6 +9,7 @@ import httpx
 
 from sophiavl_fast.errors import EngineError, EngineLost
 from sophiavl_fast.rollout.server import Server, authorization
+from sophiavl_fast.rollout.transfer.control import Part
 
 ENDING_S = 1.0   # between the end of a worker and its server's
 
@@ -72,17 +73,24 @@ class HttpControl:
     def resume(self) -> None:
         self._post("/resume")
 
+    def sleep(self) -> None:
+        self._request("POST", "/sleep", "its falling asleep", params={"level": 1})
+
+    def wake(self, part: Part) -> None:
+        self._request("POST", "/wake_up", f"its waking ({part})", params={"tags": part})
+        if part == "kv_cache" and self._request("GET", "/is_sleeping", "its waking").json()["is_sleeping"]:
+            raise EngineError(f"{self.name} still sleeps after it was woken")
+
     def workers(self) -> int:
-        return self._request("GET", "/get_world_size", "get_world_size").json()["world_size"]
+        return self._request("GET", "/get_world_size", _phase("get_world_size")).json()["world_size"]
 
     def close(self) -> None:
         self._client.close()
 
     def _post(self, route: str, step: str = "", **content: Any) -> httpx.Response:
-        return self._request("POST", route, step or route[1:], **content)
+        return self._request("POST", route, _phase(step or route[1:]), **content)
 
-    def _request(self, method: str, route: str, step: str, **content: Any) -> httpx.Response:
-        phase = f"weight transfer ({step.removeprefix('sophia_')})"
+    def _request(self, method: str, route: str, phase: str, **content: Any) -> httpx.Response:
         try:
             response = self._client.request(method, route, **content)
         except httpx.TimeoutException:
@@ -100,3 +108,7 @@ class HttpControl:
     def ended(self) -> bool:
         """Whether a process has ended or is stopped: vLLM answers some requests after its engine has died."""
         return self._server is not None and (self._server.ended_within(ENDING_S) or bool(self._server.trouble()))
+
+
+def _phase(step: str) -> str:
+    return f"weight transfer ({step.removeprefix('sophia_')})"

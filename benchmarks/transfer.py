@@ -6,12 +6,16 @@ A Qwen2.5-VL of each shape; the engine starts with dummy weights, so nothing of 
 tensors are views of one buffer of random numbers as large as the largest of them: its own memory is left to the transfer.
 `gloo` is a server in processes of its own, `inproc` an engine inside this one. Every size runs in a fresh process. Checksums of every
 tensor are compared once, before the timed transfers. Predictions were written before the first run and are kept beside the results.
+
+With `--halves` the tensors are gathered, as under tensor parallelism: another process has the other half of each, over gloo. Every second transfer
+then gathers a bucket only after the one before it has arrived; both kinds are reported, side by side.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +44,7 @@ PREDICTED = {
     "growth": "linear in bytes above 100 MB", "phases": "send and load more than 90 % above 100 MB, convert and gather nothing (one process, no sharding)",
     "trainer_extra": "at most one bucket, 256 MiB", "engine_extra": "at most twice the largest module, embedding or head",
 }
+OVERLAP = {None: "", False: ", gathered", True: ", gathered while it sends"}
 
 
 def main() -> None:
@@ -48,61 +53,77 @@ def main() -> None:
     parser.add_argument("--backends", default="gloo,inproc")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--engines", type=int, default=1, help="gloo only: servers that the weights go to side by side")
+    parser.add_argument("--halves", action="store_true", help="gloo only: gather every tensor from two processes, with and without overlap")
     parser.add_argument("--out", default="benchmarks/results/transfer_cpu.json")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        print("result:" + json.dumps(measure(*a.child.split(","), a.repeats, a.engines)))
+        print("result:" + json.dumps(measure(*a.child.split(","), a.repeats, a.engines, a.halves)))
         return
     rows = []
     for backend in a.backends.split(","):
         for size in a.sizes.split(","):
-            command = [sys.executable, __file__, "--child", f"{size},{backend}", "--repeats", str(a.repeats), "--engines", str(a.engines)]
+            command = [sys.executable, __file__, "--child", f"{size},{backend}", "--repeats", str(a.repeats), "--engines", str(a.engines),
+                       *(["--halves"] if a.halves else [])]
             done = subprocess.run(command, capture_output=True, text=True)
             found = [line.removeprefix("result:") for line in done.stdout.splitlines() if line.startswith("result:")]
             if not found:
                 raise SystemExit(f"{size} over {backend} failed:\n{done.stderr[-3000:]}")
-            rows.append(json.loads(found[0]))
-            print(table(rows[-1:], head=len(rows) == 1), flush=True)
+            rows += json.loads(found[0])
+            print(table(rows[-1 - a.halves:], head=len(rows) == 1 + a.halves), flush=True)
             common.write(Path(a.out), {"load_average": os.getloadavg(), "predicted": PREDICTED, "transfers": rows})
 
 
 def table(rows: list[dict[str, Any]], head: bool = True) -> str:
     """Markdown."""
-    title = "| backend | parameters | MB | seconds (min, median) | GB/s | convert / send / load / reset, share | extra MiB: trainer, engine |"
+    title = "| way | parameters | MB | seconds (min, median) | GB/s | gather / convert / send / load / reset, share | extra MiB: trainer, engine |"
     lines = [title, "|" + "---|" * 7] if head else []
     for r in rows:
-        shares = " / ".join(f"{r['shares'][k]:.0%}" for k in ("convert_s", "send_s", "load_s", "reset_s"))
-        lines.append(f"| {r['backend']} | {r['parameters'] / 1e6:.1f} M | {r['bytes'] / 1e6:.0f} | {r['seconds']['min']:.2f}, {r['seconds']['median']:.2f} "
+        shares = " / ".join(f"{r['shares'][k]:.0%}" for k in ("gather_s", "convert_s", "send_s", "load_s", "reset_s"))
+        lines.append(f"| {r['backend']}{OVERLAP[r['overlap']]} | {r['parameters'] / 1e6:.1f} M | {r['bytes'] / 1e6:.0f} "
+                     f"| {r['seconds']['min']:.2f}, {r['seconds']['median']:.2f} "
                      f"| {r['bytes'] / 1e9 / r['seconds']['median']:.2f} | {shares} | {r['trainer_extra_mib']:.0f}, {r['engine_extra_mib']:.0f} |")
     return "\n".join(lines)
 
 
-def measure(size: str, backend: str, repeats: int, engines: int) -> dict[str, Any]:
-    """One engine of that shape: checksums once, then `repeats` transfers."""
+def measure(size: str, backend: str, repeats: int, engines: int, halves: bool) -> list[dict[str, Any]]:
+    """One engine of that shape: checksums once, then `repeats` transfers; of halves that many with and without overlap, in turn."""
     checkout.use()
     with tempfile.TemporaryDirectory() as folder:
         named = write_model(Path(folder), size)
         engine = open_engine(Path(folder), SHAPES[size][-1], backend, engines)
         try:
-            source = Random(named, SHAPES[size][-1])
+            source = Halves(named, SHAPES[size][-1]) if halves else Random(named, SHAPES[size][-1])
             engine._transfer.checksums = True
             engine.send(source, 1)
             engine._transfer.checksums = False
-            with Peak() as peak:
-                runs = []
-                for version in range(2, repeats + 2):
+            kinds = [False, True] if halves else [None]
+            runs, peaks = {kind: [] for kind in kinds}, {kind: (0.0, 0.0) for kind in kinds}
+            for version in range(2, repeats * len(kinds) + 2):
+                kind = kinds[version % len(kinds)]
+                engine._transfer.overlap = backend != "inproc" if kind is None else kind
+                with Peak() as peak:
                     began = time.perf_counter()
                     times = engine.send(source, version)
-                    runs.append(times | {"seconds": time.perf_counter() - began})
+                    runs[kind].append(times | {"seconds": time.perf_counter() - began})
+                extra = peak.extra(os.getpid()), max((peak.extra(p) for p in peak.others), default=0.0)
+                peaks[kind] = max(peaks[kind][0], extra[0]), max(peaks[kind][1], extra[1])
+            source.close()
         finally:
             engine.close()
+    return [result(size, backend, engines, source, kind, runs[kind], *peaks[kind]) for kind in kinds]
+
+
+def result(size: str, backend: str, engines: int, source: Random, overlap: bool | None, runs: list[dict[str, float]], trainer: float, engine: float) -> dict:
+    """Medians of the runs. trainer, engine: MiB beyond what they had."""
     bytes_ = runs[0]["bytes"]
-    phases = {k: median(r[k] for r in runs) for k in runs[0] if k.endswith("_s")}
-    return {"size": size, "backend": backend, "engines": engines, "dtype": SHAPES[size][-1], "parameters": source.parameters, "tensors": len(named),
+    phases = {k: median(r[k] for r in runs) for k in runs[0] if k.endswith("_s") and k != "hidden_s"}
+    hidden = median(r.get("hidden_s", 0.0) for r in runs)
+    return {"size": size, "backend": backend, "engines": engines, "overlap": overlap, "hidden_s": hidden,
+            "dtype": SHAPES[size][-1], "parameters": source.parameters, "tensors": source.count,
             "bytes": bytes_, "largest_tensor_bytes": source.largest * source.width, "seconds": common.spread([r["seconds"] for r in runs]),
             "phases": phases, "shares": {k: v / sum(phases.values()) for k, v in phases.items()},
-            "trainer_extra_mib": peak.extra(os.getpid()), "engine_extra_mib": max((peak.extra(p) for p in peak.others), default=0.0)}
+            "trainer_extra_mib": trainer, "engine_extra_mib": engine}
 
 
 class Random:
@@ -112,6 +133,7 @@ class Random:
         import torch
 
         self._named = [(name, shape, torch.Size(shape).numel()) for name, shape in named]
+        self.count = len(named)
         self.largest, self.parameters = max(n for _, _, n in self._named), sum(n for _, _, n in self._named)
         self._buffer = torch.randn(self.largest, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(getattr(torch, dtype))
         self.width = self._buffer.element_size()
@@ -119,6 +141,57 @@ class Random:
     def weights(self) -> Iterator[tuple[str, Any]]:
         for name, shape, count in self._named:
             yield name, self._buffer[:count].view(shape)
+
+    def close(self) -> None:
+        pass
+
+
+class Halves(Random):
+    """Of each tensor the first half is here; the second comes from another process, as from a tensor-parallel rank (policy/mapping.py)."""
+
+    def __init__(self, named: list[tuple[str, list[int]]], dtype: str) -> None:
+        import multiprocessing
+
+        super().__init__(named, dtype)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+        self._peer = context.Process(target=other_half, args=(theirs, named, dtype, port), daemon=True)
+        self._peer.start()
+        self._group = meet(port, 0)
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        self._pipe.send("again")
+        for name, shape, count in self._named:
+            yield name, gathered(self._group, self._buffer[:(count + 1) // 2])[:count].view(shape)
+
+    def close(self) -> None:
+        self._pipe.send("end")
+        self._peer.join(60)
+
+
+def other_half(pipe: Any, named: list[tuple[str, list[int]]], dtype: str, port: int) -> None:
+    """The other process: takes part in each pass."""
+    source, group = Random(named, dtype), meet(port, 1)
+    while pipe.recv() == "again":
+        for _, _, count in source._named:
+            gathered(group, source._buffer[:(count + 1) // 2])
+
+
+def meet(port: int, rank: int) -> Any:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    return dist.group.WORLD
+
+
+def gathered(group: Any, part: Any) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(part) for _ in range(2)]
+    dist.all_gather(parts, part, group=group)
+    return torch.cat(parts)
 
 
 class Peak:

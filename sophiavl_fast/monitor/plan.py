@@ -254,10 +254,10 @@ class _Rank:
         return 4 * self.trained / self.shards if self.place.cuda else 2 * 4 * min(largest, self.trained / self.shards)
 
     def transfer(self) -> float:
-        """Whole tensors on their way to the engine, a bucket at a time (one more under way), and the largest as it is gathered from its parts."""
+        """Whole tensors on their way to the engine, a bucket under way while the next is gathered, and the largest as it is gathered from its parts."""
         whole = self.b * self.sizes.total
         largest = self.b * self.sizes.language.largest(1) * (1 + (self.t > 1))
-        return min(whole, BUCKET) * (2 if self.place.cuda else 1) + largest
+        return min(whole, 2 * BUCKET) + largest
 
     def save(self) -> float:
         """Whole tensors of the checkpoint that are gathered before a part is written (all of the rank's in the background), and the one being gathered."""

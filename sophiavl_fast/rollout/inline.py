@@ -46,7 +46,7 @@ class InlineRollout:
         control = InlineControl(self._engine)
         control.rpc("sophia_claim", nonce, banned_ids)
         self._lane = Lane(control, InprocChannel(control))
-        self._transfer = Transfer(nonce=nonce, checksums=config.rollout.checksum)
+        self._transfer = Transfer(nonce=nonce, checksums=config.rollout.checksum, overlap=False)
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,
                  on_group: OnGroup | None = None, on_progress: OnProgress | None = None) -> list[Group]:

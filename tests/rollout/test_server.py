@@ -1,14 +1,19 @@
 """The server engine: the same tokens as inline, transfers over gloo, a token on every route, and how it ends. One server for all."""
 from __future__ import annotations
 
+import functools
 import socket
+import threading
 import time
+import weakref
 
 import httpx
 import psutil
 import pytest
+import torch
 
 from sophiavl_fast.errors import EngineError, UserError
+from sophiavl_fast.rollout import transfer
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 from sophiavl_fast.rollout.server import lowest_handed_out, pick_port
 from tests.rollout import tiny
@@ -123,6 +128,61 @@ def test_a_sleeping_server_wakes_to_generate(engine, prompts, asked):
     groups = engine.generate(prompts, **HOT)
     assert [g.responses for g in groups] == [g.responses for g in expected] and not asleep(engine)
     assert asked == ["/sleep?level=1", "/wake_up?tags=weights", "/wake_up?tags=kv_cache", "/is_sleeping"]
+
+
+class Fresh(tiny.Weights):
+    """Copies of the weights, as gathering makes them: how many bytes of them live is counted at each; `asked` counts them, and the end as two."""
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self.changed, self.asked, self.most, self.living = threading.Condition(), 0, 0, 0
+
+    def weights(self):
+        for name, tensor in self.named:
+            self.ask(1)
+            memory = tensor.numpy().copy()     # what lives exactly as long as the tensors that share it
+            self.living += memory.nbytes
+            self.most = max(self.most, self.living)
+            weakref.finalize(memory, self.forget, memory.nbytes)
+            fresh = torch.from_numpy(memory)
+            del memory
+            yield name, fresh
+            del fresh
+        self.ask(2)
+
+    def ask(self, count: int) -> None:
+        with self.changed:
+            self.asked += count
+            self.changed.notify_all()
+
+    def forget(self, size: int) -> None:
+        self.living -= size
+
+
+def test_a_bucket_is_gathered_while_the_one_before_travels_and_no_more(engine, prompts, folder, monkeypatch):
+    """Each bucket here travels only once another tensor is asked for. At most two are held, and a tensor beyond."""
+    new = tiny.perturbed(folder, 6)
+    monkeypatch.setattr(transfer, "buckets", functools.partial(transfer.buckets, limit=60_000))
+    source, channel = Fresh(new), engine._pool.engines[0].lane.channel
+    plain, sent, ready = channel.send, [], []
+
+    def convert(bucket):
+        ready.append(source.asked)
+        return bucket
+
+    def send(bucket):
+        with source.changed:
+            assert source.changed.wait_for(lambda: source.asked > min(ready[len(sent)], len(source.named) + 1), 60), "nothing is gathered meanwhile"
+        sent.append([t.numel() * 4 for _, t in bucket])
+        plain(bucket)
+
+    monkeypatch.setattr(channel, "convert", convert)
+    monkeypatch.setattr(channel, "send", send)
+    times = engine.send(source, 13)
+    most = max(sum(a) + sum(b) + c[0] for a, b, c in zip(sent, sent[1:], [*sent[2:], [0]], strict=True))
+    assert len(sent) > 5 and times["bytes"] == sum(map(sum, sent))
+    assert source.most <= most < 0.6 * times["bytes"]
+    assert tiny.worst_difference(new, engine.generate(prompts, **HOT), T) < 1e-4
 
 
 def test_groups_are_announced_as_they_finish(engine, prompts):

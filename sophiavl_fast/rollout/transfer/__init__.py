@@ -4,14 +4,15 @@ Order: begin the record, pause, start, buckets, end the record and compare, fini
 (`rollout.sleep`) has its weights woken before all that, its key-value cache before it resumes. Whatever goes wrong after the start
 leaves an engine with some old and some new weights: it is never used again.
 
-Engines are written to side by side, each over a channel of its own: one that is lost on the way leaves the others whole.
+Engines are written to side by side, each over a channel of its own: one that is lost on the way leaves the others whole. While a bucket
+travels the next one is gathered, so that two are held at most.
 Weights that never change (a frozen vision tower) travel once, to each engine that has not had them in this run.
 """
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +61,14 @@ class Lane:
 class Transfer:
     """Sends weights to engines. nonce: this run's; checksums: compare every tensor's bits.
 
-    in_flight: swap the weights under requests in flight instead of waiting for their end.
+    in_flight: swap the weights under requests in flight instead of waiting for their end. overlap: gather a bucket while the one
+    before it travels; not where the engine shares this process.
     """
 
-    def __init__(self, *, nonce: str, checksums: bool, in_flight: bool = False) -> None:
-        self.nonce, self.checksums, self.in_flight = nonce, checksums, in_flight
+    def __init__(self, *, nonce: str, checksums: bool, in_flight: bool = False, overlap: bool = True) -> None:
+        self.nonce, self.checksums, self.in_flight, self.overlap = nonce, checksums, in_flight, overlap
         self.broken = ""
-        self._threads = ThreadPoolExecutor(MAX_ENGINES, "transfer")
+        self._threads, self._courier = ThreadPoolExecutor(MAX_ENGINES, "transfer"), ThreadPoolExecutor(1, "courier")
 
     def send(self, lanes: Sequence[Lane], source: WeightSource, version: int) -> tuple[dict[str, float], dict[Lane, EngineLost]]:
         """The weights of `source` into the engines; seconds by phase and `bytes` (to each), and the engines lost on the way.
@@ -95,7 +97,21 @@ class Transfer:
             raise EngineError(f"rollout: the engine is unusable since {self.broken}")
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._courier):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def dispatch(self, call: Callable[[], Any]) -> Future[float]:
+        """Begin the call beside the caller's thread, or do it at once without `overlap`; its seconds."""
+        def timed() -> float:
+            began = time.perf_counter()
+            call()
+            return time.perf_counter() - began
+
+        if self.overlap:
+            return self._courier.submit(timed)
+        done: Future[float] = Future()
+        done.set_result(timed())
+        return done
 
     def each(self, lanes: Sequence[Lane], call: Callable[[Lane], Any]) -> Iterator[tuple[Lane, Any]]:
         """Each lane with what `call` returned for it, or the EngineLost it raised; side by side."""
@@ -116,6 +132,7 @@ class _Pass:
         self.lost: dict[Lane, EngineLost] = {}
         self.sums: dict[str, str] = {}
         self.times = dict.fromkeys((*PHASES, "bytes"), 0.0)
+        self._under_way: Future[float] | None = None
         self._clock = time.perf_counter()
 
     def run(self, label: str) -> tuple[dict[str, float], dict[Lane, EngineLost]]:
@@ -132,8 +149,8 @@ class _Pass:
         self._lap("load_s")
         for bucket in buckets(self.source, trained_only=bool(kept)):
             self._lap("gather_s")
-            if self.lanes:
-                self._bucket(bucket)
+            self._bucket(bucket)
+        self._arrived()
         self._compare()
         self._all(lambda lane: lane.control.finish(label))
         for lane in self.lanes:
@@ -150,13 +167,26 @@ class _Pass:
         return self.times, self.lost
 
     def _bucket(self, bucket: Bucket) -> None:
-        self._refuse_unknown(bucket)
-        travelling = self.lanes[0].channel.convert(bucket) if self.lanes else []
+        """Send it off once the one before has arrived."""
+        channels = [lane.channel for lane in self.lanes]   # of which the one under way may lose some
+        travelling = channels[0].convert(bucket) if channels else []
         if self.transfer.checksums:
             self.sums.update((name, checksum(tensor)) for name, tensor in bucket)
         self._lap("convert_s")
-        self._all(lambda lane: lane.channel.send(travelling))
-        self.times["bytes"] += sum(t.numel() * t.element_size() for _, t in bucket)
+        self._arrived()
+        self._refuse_unknown(bucket)
+        if self.lanes:
+            self._under_way = self.transfer.dispatch(lambda: self._all(lambda lane: lane.channel.send(travelling)))
+            self.times["bytes"] += sum(t.numel() * t.element_size() for _, t in bucket)
+        self._lap("send_s")
+
+    def _arrived(self) -> None:
+        """Wait for the bucket under way. send_s and load_s are what is waited for; what gathering hides of them is hidden_s."""
+        if self._under_way:
+            began = time.perf_counter()
+            busy, self._under_way = self._under_way.result(), None
+            if self.transfer.overlap:
+                self.times["hidden_s"] = self.times.get("hidden_s", 0.0) + max(0.0, busy - (time.perf_counter() - began))
         self._lap("send_s")
 
     def _refuse_unknown(self, bucket: Bucket) -> None:

@@ -24,11 +24,11 @@ class IpcChannel:
         control.init_transfer({"packed": False})
 
     def convert(self, bucket: Bucket) -> Bucket:
+        torch.cuda.current_stream().synchronize()   # gathered on this thread's stream
         return bucket
 
     def send(self, bucket: Bucket) -> None:
         self._shared.append(bucket)
-        torch.cuda.current_stream().synchronize()
         handles = [{self._gpu: reduce_tensor(tensor)[1]} for _, tensor in bucket]
         self._control.update(description(bucket) | {"ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode()})
 

@@ -86,8 +86,9 @@ def needs(config: Config, sizes: Sizes, world: int, device: Device) -> list[Need
     for stage in range(config.parallel.pipeline):
         phases = plan.phases(config, sizes, row, plan.Place(stage=stage, replicas=replicas, cuda=device.cuda, logprob=device.logprob))
         held = engine(config, sizes, device) * (device.cuda or stage == 0)
-        found.append(max((Need(stage, phase, items | {"engine": held * (not _asleep(config, device, phase)), "libraries": 0 if device.cuda else TRAINER_BASE})
-                          for phase, items in phases.items()), key=lambda need: need.bytes))
+        beside = {phase: {"engine": held * (not _asleep(config, device, phase)), "judge": judge(config, device, phase) * (stage == 0),
+                          "libraries": 0 if device.cuda else TRAINER_BASE} for phase in phases}
+        found.append(max((Need(stage, phase, items | beside[phase]) for phase, items in phases.items()), key=lambda need: need.bytes))
     return found
 
 
@@ -103,6 +104,20 @@ def engine(config: Config, sizes: Sizes, device: Device) -> float:
     if device.cuda:
         return config.rollout.gpu_memory_utilization * device.bytes
     return config.rollout.engines * (plan.bytes_of(config) * sizes.total + kv_cache(config, sizes) + ENGINE_BASE)
+
+
+def judge(config: Config, device: Device, phase: str) -> float:
+    """Bytes of the thinking reward model on the first stage's device: in the leads' own process, or served from the first one's GPU; 0: it is elsewhere."""
+    thinking = config.thinking
+    if config.recipe != "rl" or config.algorithm.name == "grpo" or not (thinking.backend == "local" or thinking.serve):
+        return 0
+    if thinking.serve and device.cuda:
+        return 0 if thinking.gpus or (thinking.sleep and phase in plan.JUDGE_SLEEPS) else thinking.gpu_memory * device.bytes
+    try:
+        sizes = shapes.read(thinking.path)
+    except UserError:      # what opens it says so
+        return 0
+    return plan.bytes_of(config) * sizes.total + (ENGINE_BASE + CPU_KV_CACHE if thinking.serve else 0)
 
 
 def kv_cache(config: Config, sizes: Sizes) -> float:

@@ -19,6 +19,7 @@ BUCKET = 256 * MIB           # of the weight transfer
 CHECKPOINT_PART = 2**31      # bytes that are gathered before a file of a checkpoint is written
 CPU_LOGPROB = 44 * MIB       # the C++ log-prob's workspace of tokens, at most
 ENGINE_SLEEPS = {"load", "update", "optimizer", "log-probs", "save"}   # phases without an engine on the GPU under rollout.sleep; it starts after the first
+JUDGE_SLEEPS = ENGINE_SLEEPS | {"transfer"}   # the same of a judge under thinking.sleep, which wakes with the next rollouts only
 WORKSPACES = {"head": "log-probs", "layer": "backward pass", "embedding": "embedding's gradient", "tower": "tower's pass"}
 
 

@@ -218,6 +218,25 @@ def test_an_engine_that_sleeps_leaves_the_update_its_memory(published):
     assert budget.needs(config, sizes, 8, budget.Device(False, 2**40, "cpu"))[0].items["engine"] > 2 * sizes.total, "a CPU's engine keeps its memory"
 
 
+def test_a_judge_on_the_same_gpu_counts_where_it_is_awake(published):
+    """Served: its share of the GPU; asleep: only before and during the rollouts; in-process: its weights; elsewhere: nothing."""
+    model = published("qwen2_5_vl_7b")
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={model}", "thinking.backend=endpoint", "thinking.serve=true",
+                                                                      f"thinking.path={model}", "thinking.url=''", "rollout.sleep=true"], world_size=8)
+    sizes, device = shapes.read(config.model.path), gpu(80)
+    assert budget.judge(config, device, "update") == budget.judge(config, device, "transfer") == pytest.approx(0.3 * device.bytes)
+    assert budget.needs(config, sizes, 8, device)[0].items["judge"] == pytest.approx(0.3 * device.bytes)
+    config.thinking.sleep = True
+    assert budget.judge(config, device, "update") == budget.judge(config, device, "transfer") == 0
+    assert budget.needs(config, sizes, 8, device)[0].items["judge"] == 0
+    config.thinking.sleep, config.thinking.gpus = False, [7]
+    assert budget.judge(config, device, "update") == 0
+    config.thinking.serve, config.thinking.backend = False, "local"
+    assert budget.judge(config, device, "update") == 2 * sizes.total
+    config.algorithm.name = "grpo"
+    assert budget.judge(config, device, "update") == 0
+
+
 def test_sleep_is_advised_where_it_is_what_a_run_lacks(published):
     overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "policy.offload_optimizer=true", "policy.offload_reference=true"]
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", overrides, world_size=8)

@@ -115,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(a) -> int:
     from sophiavl_fast.monitor import budget
+    from sophiavl_fast.recipes import muster
 
+    muster.before_it()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tree = config.load(a.config, a.overrides, world_size=world)
     budget.require(tree, world)

@@ -28,6 +28,12 @@ SILENT_PULSES = 5.0      # so many without a change, while everything falls, and
 LEAVE_S = 20.0           # a failed rank that cannot end its cleanup by then (a collective without its peers) is ended
 
 
+def before_it() -> None:
+    """Let torchrun's SIGTERM wait until this rank has joined, seconds of imports later: a peer that fell meanwhile is told of then."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
 class Muster:
     """This rank among all. Use it around the whole job; `phase` around each phase, which may nest."""
 
@@ -67,6 +73,7 @@ class Muster:
             signal.signal(signal.SIGTERM, lambda *_: None)     # what acts is the thread
             signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})   # see before_it
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:

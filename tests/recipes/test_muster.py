@@ -53,6 +53,12 @@ def test_one_line_names_the_rank_and_its_phase(tmp_path, deed, doer, line):
     assert not alive
 
 
+def test_a_rank_that_falls_before_the_other_has_joined_is_told_of(tmp_path):
+    """The other is still importing when torchrun ends it."""
+    lines = end_of(start(tmp_path, "early", 1))
+    assert len(lines) == 1 and "rank 1 (pid " in lines[0] and "ended without a word (killed?), last seen in update of step 3;" in lines[0], lines
+
+
 def test_without_their_launcher_they_end(tmp_path):
     job = start(tmp_path, "nothing", 1)
     processes = ranks(tmp_path)

@@ -54,8 +54,7 @@ class Cell(NamedTuple):
 
 def main() -> None:
     a = arguments()
-    cells = [Cell(*c) for c in product([j for j in a.judges if j != NONE], a.trust, a.uniform, a.seeds, a.anneal)]
-    cells += [Cell(NONE, "off", "score", seed) for seed in a.seeds if NONE in a.judges]
+    cells = collected(a.runs) if a.collect else wished(a)
     for number, cell in enumerate(cells, 1):
         began = time.monotonic()
         if not finished(a.runs / cell.name):
@@ -69,6 +68,18 @@ def main() -> None:
         print({k: v if not isinstance(v, list) else [round(x, 3) for x in v] for k, v in line.items()})
 
 
+def wished(a: argparse.Namespace) -> list[Cell]:
+    cells = [Cell(*c) for c in product([j for j in a.judges if j != NONE], a.trust, a.uniform, a.seeds, a.anneal)]
+    return cells + [Cell(NONE, "off", "score", seed) for seed in a.seeds if NONE in a.judges]
+
+
+def collected(runs: Path) -> list[Cell]:
+    """The cells whose runs are finished."""
+    names = (folder.name.split("-") for folder in sorted(runs.iterdir()))
+    cells = [Cell(judge, trust, uniform, int(seed), *rest) for judge, trust, uniform, seed, *rest in names]
+    return [cell for cell in cells if finished(runs / cell.name)]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "data/demo")
@@ -80,6 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--anneal", nargs="+", choices=("exp", "linear", "none"), default=["exp"])
     parser.add_argument("--uniform", nargs="+", choices=("score", "center", "skip"), default=["score", "skip"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--collect", action="store_true", help="train nothing: report whatever runs are finished")
     parser.add_argument("settings", nargs="*", help="a.b=value for every run")
     return parser.parse_args()
 

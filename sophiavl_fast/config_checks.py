@@ -111,6 +111,8 @@ def _check_served_judge(c: Any) -> None:
     refuse_no_model(t.path, "thinking.path")
     if len(set(t.gpus)) < len(t.gpus) or set(t.gpus) & set(c.rollout.gpus):
         raise UserError(f"thinking.gpus = {t.gpus}: name different GPUs, and none of rollout.gpus ({c.rollout.gpus})")
+    if t.sleep and t.gpus:
+        raise UserError(f"thinking.sleep: true is for a GPU that the judge shares with the trainer; on thinking.gpus = {t.gpus} nobody waits for its memory")
     if t.sleep and c.rollout.staleness:
         raise UserError(f"thinking.sleep: true needs rollout.staleness: 0 (it is {c.rollout.staleness}): a judge of rollouts ahead is never idle")
 

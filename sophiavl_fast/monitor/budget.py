@@ -112,7 +112,7 @@ def judge(config: Config, device: Device, phase: str) -> float:
     if config.recipe != "rl" or config.algorithm.name == "grpo" or not (thinking.backend == "local" or thinking.serve):
         return 0
     if thinking.serve and device.cuda:
-        return 0 if thinking.gpus or (thinking.sleep and phase in plan.JUDGE_SLEEPS) else thinking.gpu_memory * device.bytes
+        return 0 if thinking.gpus or (thinking.sleep and phase in plan.ENGINE_SLEEPS) else thinking.gpu_memory * device.bytes
     try:
         sizes = shapes.read(thinking.path)
     except UserError:      # what opens it says so

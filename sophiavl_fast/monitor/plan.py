@@ -18,8 +18,9 @@ MIB = 2**20
 BUCKET = 256 * MIB           # of the weight transfer
 CHECKPOINT_PART = 2**31      # bytes that are gathered before a file of a checkpoint is written
 CPU_LOGPROB = 44 * MIB       # the C++ log-prob's workspace of tokens, at most
-ENGINE_SLEEPS = {"load", "update", "optimizer", "log-probs", "save"}   # phases without an engine on the GPU under rollout.sleep; it starts after the first
-JUDGE_SLEEPS = ENGINE_SLEEPS | {"transfer"}   # the same of a judge under thinking.sleep, which wakes with the next rollouts only
+# Phases without an engine (judge) on the GPU under rollout.sleep (thinking.sleep); it starts after the first. "transfer" stands for the rollouts too:
+# the trainer at rest, everybody else awake.
+ENGINE_SLEEPS = {"load", "update", "optimizer", "log-probs", "save"}
 WORKSPACES = {"head": "log-probs", "layer": "backward pass", "embedding": "embedding's gradient", "tower": "tower's pass"}
 
 
@@ -255,8 +256,15 @@ class _Rank:
         return 4 * self.trained / self.shards if self.place.cuda else 2 * 4 * min(largest, self.trained / self.shards)
 
     def transfer(self) -> float:
-        """Whole tensors on their way to the engine, a bucket under way while the next is gathered, and the largest as it is gathered from its parts."""
+        """Whole tensors on their way to the engine, a bucket under way while the next is gathered, and the largest as it is gathered from its parts.
+
+        An engine that reads them where they lie (ipc, on the trainer's own GPUs) lets go of none before the last: those that are gathered
+        from several ranks are all there at once.
+        """
         whole = self.b * self.sizes.total
+        rollout = self.config.rollout
+        if self.place.cuda and self.t * self.stages > 1 and not rollout.urls and not rollout.gpus and rollout.transfer in ("auto", "ipc"):
+            return whole
         largest = self.b * self.sizes.language.largest(1) * (1 + (self.t > 1))
         return min(whole, 2 * BUCKET) + largest
 

@@ -173,10 +173,10 @@ class Policy:
 
     def rest(self) -> None:
         """No update is near: with policy.offload_optimizer the optimizer's state goes to the CPU and the gradients' memory is given back;
-        with rollout.sleep, so is what torch only keeps for later."""
+        with rollout.sleep or thinking.sleep, so is what torch only keeps for later."""
         if self._offload:
             self._offload.rest()
-        if self.config.rollout.sleep and self.device.type == "cuda":
+        if (self.config.rollout.sleep or self.config.thinking.sleep) and self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:

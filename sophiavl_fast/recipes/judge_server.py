@@ -35,6 +35,7 @@ LONGEST = 32768   # tokens, as the published judge is served
 KEY_VARIABLE = "OPENAI_API_KEY"
 TAIL_LINES = 12
 CLOSE_S, CALL_S = 15.0, 120.0
+ENDING_S = 8.0    # between the end of a worker and its supervisor's
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Serving:
 
 
 class JudgeServer:
-    """Starts at once; use it once `wait_ready` has returned. The key is OPENAI_API_KEY, or a fresh one. Raises UserError for a port that is taken."""
+    """Starts at once; use it once `wait_ready` has returned. key: what every caller must show, "" for a fresh one. Raises UserError for a taken port."""
 
-    def __init__(self, model: Path, how: Serving, *, device: str, log: Path) -> None:
+    def __init__(self, model: Path, how: Serving, *, device: str, log: Path, key: str = "") -> None:
         self.how, self.log = how, log
-        self.key = os.environ.get(KEY_VARIABLE, "") or secrets.token_urlsafe(32)
+        self.key = key or secrets.token_urlsafe(32)
         self.address = f"http://{how.host}:{free_port(how.host, how.port)}"
         self.url = f"{self.address}/v1"
         self._asleep = False
@@ -93,8 +94,11 @@ class JudgeServer:
         """Until it ends by itself, which it should not."""
         self._process.wait()
 
-    def refuse_dead(self, phase: str) -> None:
-        """Raise EngineError where the server has ended."""
+    def refuse_dead(self, phase: str, within_s: float = 0.0) -> None:
+        """Raise EngineError where the server has ended, or ends within that time: a worker's end takes its server along some seconds later."""
+        deadline = time.monotonic() + within_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
         if (code := self._process.poll()) is not None:
             raise EngineError(f"{self.title} ended during {phase} (exit code {code}){self._tail()}")
 
@@ -102,11 +106,11 @@ class JudgeServer:
         """Leave the GPU's memory to others until `wake`: weights to host memory, key-value cache given up. No call may be under way."""
         if not self._asleep:
             self._asleep = True
-            self._post("/sleep?level=1")
+            self._post("/sleep?level=1", "falling asleep")
 
     def wake(self) -> None:
         if self._asleep:
-            self._post("/wake_up")
+            self._post("/wake_up", "waking")
             self._asleep = False
 
     def close(self) -> None:
@@ -128,13 +132,13 @@ class JudgeServer:
     def _client(self, timeout_s: float) -> httpx.Client:
         return httpx.Client(base_url=self.address, headers={"Authorization": f"Bearer {self.key}"}, timeout=timeout_s, trust_env=False)
 
-    def _post(self, route: str) -> None:
+    def _post(self, route: str, phase: str) -> None:
         try:
             with self._client(CALL_S) as client:
                 client.post(route).raise_for_status()
         except httpx.HTTPError as error:
-            self.refuse_dead(route)
-            raise EngineError(f"{self.title}: {route} failed: {' '.join(str(error).split()) or type(error).__name__}") from error
+            self.refuse_dead(phase, ENDING_S)
+            raise EngineError(f"{self.title} failed while {phase}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
     def _tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
@@ -142,15 +146,20 @@ class JudgeServer:
 
 
 @contextmanager
-def served(config: Config, policy: Policy) -> Iterator[JudgeServer | None]:
+def served(config: Config, policy: Policy) -> Iterator[tuple[JudgeServer | None, str]]:
     """With `thinking.serve`: the judge of `thinking.path` for the length of the block, one for all replicas, which learn its URL and key here.
 
-    The first replica's lead has the server in its hands, everybody else None. For leads among leads.
+    Yields the server, in the hands of the first replica's lead (None for everybody else), and the key that this run made for it ("" without
+    `thinking.serve`). For leads among leads. Raises UserError where they are on several machines: the server answers on loopback only.
     """
     thinking = config.thinking
     if not thinking.serve or config.algorithm.name == "grpo":
-        yield None
+        yield None, ""
         return
+    machines = set(policy.gather_replicas(socket.gethostname()))
+    if len(machines) > 1:
+        raise UserError(f"thinking.serve: true answers on one machine, but the leads of the replicas are on {len(machines)}; start `sophiavl-fast reward serve "
+                        f"{thinking.path} --host ADDRESS` and set thinking.url")
     with ExitStack() as stack:
         server, told = None, None
         if policy.replica == 0:
@@ -159,25 +168,28 @@ def served(config: Config, policy: Policy) -> Iterator[JudgeServer | None]:
             server.wait_ready(config.rollout.start_timeout_s)
             told = (server.url, server.key)
         thinking.url, key = next(filter(None, policy.gather_replicas(told)))
-        before = os.environ.get(KEY_VARIABLE)
-        os.environ[KEY_VARIABLE] = key
-        try:
-            yield server
-        finally:
-            os.environ.pop(KEY_VARIABLE) if before is None else os.environ.update({KEY_VARIABLE: before})
+        yield server, key
+
+
+@dataclass(slots=True)
+class Doubt:
+    """`unscored`: something went wrong that the judge's end would explain."""
+
+    unscored: bool = False
 
 
 @contextmanager
-def judging(server: JudgeServer | None) -> Iterator[None]:
+def judging(server: JudgeServer | None) -> Iterator[Doubt]:
     """Around scoring: where the run's own judge has ended, its end is the error, whatever the client made of it (thinking.on_error is for judges of others)."""
+    doubt = Doubt()
     try:
-        yield
-    except UserError:
+        yield doubt
+    except Exception:
         if server:
-            server.refuse_dead("scoring")
+            server.refuse_dead("scoring", ENDING_S)
         raise
     if server:
-        server.refuse_dead("scoring")
+        server.refuse_dead("scoring", ENDING_S * doubt.unscored)
 
 
 def arguments(model: Path, how: Serving, device: str) -> dict[str, Any]:
@@ -198,12 +210,10 @@ def arguments(model: Path, how: Serving, device: str) -> dict[str, Any]:
 
 def free_port(host: str, port: int) -> int:
     """The port itself if it is free, a free one for 0. Raises UserError where it is taken."""
-    if not port:
-        return pick_port(0)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"--port {port} cannot be had on {host} ({(error.strerror or str(error)).lower()}); choose another, or 0 for a free one") from None
-    return port
+    return port or pick_port(0)

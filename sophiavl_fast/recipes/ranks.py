@@ -114,6 +114,7 @@ def engines_asleep(rollout: Lead | Follower, policy: Policy, progress: Progress)
         return
     with progress.phase("sleep") as timer:
         rollout.sleep()
+        policy.layout.wait("the engines' falling asleep")   # here, not in the update's collectives: one of them may take long
     yield timer
     policy.layout.wait("the end of the engines' sleep")
 

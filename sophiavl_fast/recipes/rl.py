@@ -115,8 +115,8 @@ def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Pol
                                    decode=processor.decode, device=policy.device, run_dir=config.run.dir, replica=policy.replica, replicas=policy.replicas)
             stack.callback(rollout.close)
         with progress.phase("judge"):
-            judge = stack.enter_context(judge_server.served(config, policy))
-            rewards = stack.enter_context(Rewards(config, device=policy.device))
+            judge, key = stack.enter_context(judge_server.served(config, policy))
+            rewards = stack.enter_context(Rewards(config, device=policy.device, judge_key=key))
         yield Rooms(config, loader, policy, ranks.Lead(rollout, policy), rewards, progress, held_out, saver, judge)
 
 
@@ -179,13 +179,15 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
             metrics |= ahead_metrics(groups, step, busy)
         elif rooms.rewards:
             groups = rooms.generate(rooms.draw(), step, rooms.rewards.start)
-    with phase("reward") as reward, judge_server.judging(rooms.judge):
-        if rooms.rewards:
-            seen = sampling.judged(rooms, groups, rooms.rewards.score(groups), step)
-    if rooms.rewards:
-        if config.rollout.resample:
+    with judge_server.judging(rooms.judge) as doubt:
+        with phase("reward") as reward:
+            if rooms.rewards:
+                seen = sampling.judged(rooms, groups, rooms.rewards.score(groups), step)
+        if rooms.rewards and config.rollout.resample:
             seen, more_rollout, more_reward = sampling.resampled(rooms, seen, step)
             rollout.seconds, reward.seconds = rollout.seconds + more_rollout, reward.seconds + more_reward
+        doubt.unscored = bool(rooms.rewards and seen.metrics["reward/unscored"])
+    if rooms.rewards:
         groups, mine = seen.groups, seen.everyone.rows(policy.replica)
         metrics |= seen.metrics
         advantage = seen.weighted.advantage[mine]

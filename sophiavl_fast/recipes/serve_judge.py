@@ -20,7 +20,7 @@ def serve(model: Path, how: Serving, *, template: str = "thinking_reward", devic
     _check(model, template, how)
     kind = resolve_device(device)
     log_path = Path(log) if log else Path(tempfile.mkdtemp(prefix="reward-serve-")) / "server.log"
-    with _until_told(), JudgeServer(model, how, device=kind, log=log_path) as server:
+    with _until_told(), JudgeServer(model, how, device=kind, log=log_path, key=os.environ.get(KEY_VARIABLE, "")) as server:
         print(f"starting {how.name} from {model} on {kind}; log: {log_path}", flush=True)
         try:
             server.wait_ready(timeout_s)

@@ -26,14 +26,14 @@ class _Started(NamedTuple):
 class Rewards:
     """`start(group)` as soon as a group is finished (optional), `score(groups)` for the step's Scores, `close()` at the end.
 
-    device: where a local judge runs. Raises UserError for a judge that cannot be opened.
+    device: where a local judge runs; judge_key: what the endpoint wants, "" for OPENAI_API_KEY. Raises UserError for a judge that cannot be opened.
     """
 
-    def __init__(self, config: Config, *, device: torch.device | str) -> None:
+    def __init__(self, config: Config, *, device: torch.device | str, judge_key: str = "") -> None:
         self._config = config
         self._outcome = OutcomeScorer(config.rewards)
         self._started: dict[int, _Started] = {}
-        self._judge = open_judge(config, torch.device(device))
+        self._judge = open_judge(config, torch.device(device), judge_key)
         # the public code must know a response's outcome before it asks about it
         self._selective = self._judge is not None and config.trust.mode == "repo"
 

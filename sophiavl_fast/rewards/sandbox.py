@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from sophiavl_fast.rewards.graders.task import Task
 
 _START_S = 120.0  # importing sympy on a loaded machine
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")   # of a variable's name: nothing that a grader of a model's words should hold
 
 
 class Grade(NamedTuple):
@@ -98,7 +100,7 @@ class _Worker:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sophiavl_fast.rewards.worker", str(self._memory_mb), str(self._timeout_s)]
         self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                                   bufsize=0, env=os.environ | _ENVIRONMENT)
+                                                   bufsize=0, env=_harmless(os.environ) | _ENVIRONMENT)
         return process
 
     def kill(self) -> None:
@@ -142,3 +144,8 @@ def _read_line(process: subprocess.Popen[bytes], data: bytes, seconds: float) ->
         data += chunk
     line, _, rest = data.partition(b"\n")
     return line, rest
+
+
+def _harmless(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without whatever is called a key, a token, a secret or a password."""
+    return {name: value for name, value in environment.items() if not any(part in name.upper() for part in _SECRET)}

@@ -1,5 +1,6 @@
 """thinking.serve: the run starts its own judge, gets from it what the same model says in-process, and ends with it."""
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,14 +21,15 @@ def judged(run_dir: Path) -> list[tuple]:
     return [(r["response"], r["thinking"]) for r in map(json.loads, (run_dir / "samples.jsonl").read_text().splitlines()) if r["step"] == 1]
 
 
-def judges(run_dir: Path) -> list[psutil.Process]:
-    """API servers that a run in this folder has started for its judge."""
+def servers(mark: str) -> list[psutil.Process]:
+    """vLLM's processes and their supervisors that descend from a run with this mark in its environment."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "vllm.entrypoints" in line and "thinking-reward-model" in line and "supervisor" not in line and str(run_dir.parent) in " ".join(
-                p for parent in process.parents() for p in parent.cmdline()):
-            found.append(process)
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TEST_MARK") == mark and any("vllm" in part.lower() or "supervisor" in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
     return found
 
 
@@ -35,12 +37,12 @@ def judges(run_dir: Path) -> list[psutil.Process]:
 def test_a_run_serves_its_judge_and_hears_what_the_model_says(rl, tmp_path):
     """Sleep included: on a CPU vLLM takes both calls and has nothing to give up."""
     run(*rl(tmp_path / "local" / "run", "run.steps=1", "eval.every=0", "checkpoint.every=0"))
-    run(*rl(tmp_path / "served" / "run", *SERVED, "thinking.sleep=true", "run.steps=2"))
+    run(*rl(tmp_path / "served" / "run", *SERVED, "thinking.sleep=true", "run.steps=2"), TEST_MARK=str(tmp_path))
     local, served = judged(tmp_path / "local" / "run"), judged(tmp_path / "served" / "run")
     assert [text for text, _ in served] == [text for text, _ in local] and len({score for _, score in local}) > 3
     # twenty steps have not taught it to finish its numbers: in-process every score's whole text counts, over HTTP what the reply's own tokens show
     assert correlation([score for _, score in served], [score for _, score in local]) > 0.8
-    assert not judges(tmp_path / "served" / "run")
+    assert not servers(str(tmp_path))
 
 
 @pytest.mark.engine
@@ -48,16 +50,32 @@ def test_a_run_serves_its_judge_and_hears_what_the_model_says(rl, tmp_path):
 def test_a_judge_that_ends_ends_the_run_whatever_on_error_says(rl, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "sophiavl_fast", *rl(out, *SERVED, "thinking.on_error=drop", "run.steps=500")], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TEST_MARK": str(tmp_path)})
     deadline = time.monotonic() + 300
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
         time.sleep(0.2)
-    (judge,) = judges(out)
+    (judge,) = (p for p in servers(str(tmp_path)) if "vllm.entrypoints.openai.api_server" in p.cmdline() and not any("supervisor" in x for x in p.cmdline()))
     judge.kill()
     _, said = process.communicate(timeout=300)
     assert process.returncode == 1
     assert said.count("sophiavl-fast: ") == 1 and "judge server http://127.0.0.1:" in said and "ended during scoring" in said and "judge.log" in said
+    _, alive = psutil.wait_procs(servers(str(tmp_path)), timeout=30)
+    assert not alive
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.layout
+def test_two_replicas_ask_one_judge(rl, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sophiavl_fast",
+                           *rl(tmp_path / "run", *SERVED, "thinking.sleep=true", "run.steps=2", "rollout.engine=server",
+                               "rollout.start_timeout_s=600")], cwd=ROOT, capture_output=True, text=True, timeout=1500,
+                          env={**os.environ, "TEST_MARK": str(tmp_path)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 6 * 5 and all(row["thinking"] is not None for row in rows)
+    assert not servers(str(tmp_path))
 
 
 @pytest.mark.parametrize("wishes,expected", [
@@ -68,6 +86,7 @@ def test_a_judge_that_ends_ends_the_run_whatever_on_error_says(rl, tmp_path):
     (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.gpus=[1,1]"], "name different GPUs"),
     (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.sleep=true", "rollout.staleness=1",
       "rollout.engine=server"], "never idle"),
+    (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.sleep=true", "thinking.gpus=[1]"], "nobody waits"),
     (["thinking.backend=endpoint", "thinking.url=http://h/v1", "thinking.model=m", "thinking.sleep=true"], "needs thinking.serve: true"),
     (["thinking.backend=endpoint", "thinking.serve=true", "thinking.path={here}/judge", "thinking.gpu_memory=1.5"], "must lie in (0, 1]"),
 ])

@@ -28,6 +28,15 @@ def test_a_grader_that_hangs_is_killed_and_the_others_survive():
     assert workers() == []
 
 
+def test_graders_hold_no_secrets(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-user")
+    monkeypatch.setenv("HARMLESS", "yes")
+    with Sandbox(workers=1, timeout_s=30, memory_mb=2048) as sandbox:
+        assert sandbox.submit(Task("numerical", "12", "12")).result().outcome == 1
+        (worker,) = workers()
+        assert "sk-of-the-user" not in worker.environ().values() and worker.environ()["HARMLESS"] == "yes"
+
+
 def test_a_grader_that_eats_memory_is_ended_and_replaced():
     eater = Task("text", "a " * 40_000, "b " * 40_000)  # the table of its longest common subsequence wants 12 GB
     with Sandbox(workers=1, timeout_s=60, memory_mb=1200) as sandbox:

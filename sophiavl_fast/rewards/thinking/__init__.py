@@ -44,7 +44,7 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
-def open_judge(config: Config, device: torch.device) -> Judge | None:
+def open_judge(config: Config, device: torch.device, key: str = "") -> Judge | None:
     """The judge of the config, None where nobody asks for thinking scores. Raises UserError for what cannot be opened."""
     if config.thinking.backend == "off" or config.algorithm.name == "grpo":
         return None
@@ -57,4 +57,4 @@ def open_judge(config: Config, device: torch.device) -> Judge | None:
         return LocalJudge(config.thinking, loaded, device)
     from sophiavl_fast.rewards.thinking.endpoint import EndpointJudge
 
-    return EndpointJudge(config.thinking, loaded)
+    return EndpointJudge(config.thinking, loaded, key=key)

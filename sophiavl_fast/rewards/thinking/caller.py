@@ -82,8 +82,8 @@ class Caller:
     read: what a reply's text means, where it is no score of the template.
     """
 
-    def __init__(self, config: Thinking, template: JudgeTemplate, *, key_variable: str = "OPENAI_API_KEY", longest_wait_s: float = 8.0, rest_s: float = 30.0,
-                 ask_again: int = 0, learn: bool = False, store: ScoreStore | None = None, budget: Budget | None = None,
+    def __init__(self, config: Thinking, template: JudgeTemplate, *, key_variable: str = "OPENAI_API_KEY", key: str = "", longest_wait_s: float = 8.0,
+                 rest_s: float = 30.0, ask_again: int = 0, learn: bool = False, store: ScoreStore | None = None, budget: Budget | None = None,
                  read: Callable[[str], Score] | None = None) -> None:
         self._config, self._template, self._store, self.budget = config, template, store, budget or Budget()
         self._replicas = [_Replica(completions_url(url), Breaker(max(8, config.concurrency), rest_s)) for url in config.url.split(",") if url.strip()]
@@ -93,7 +93,7 @@ class Caller:
         self._patience = Patience(config.timeout_s, learn=learn)
         self._logprobs = config.score == "expected" and config.samples == 1 and read is None
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._key = os.environ.get(key_variable, "")
+        self._key = key or os.environ.get(key_variable, "")
         self._session: aiohttp.ClientSession | None = None
 
     @property

@@ -27,11 +27,11 @@ Ticket = list["concurrent.futures.Future[Verdict]"]
 class EndpointJudge:
     """Submits calls to its own event loop; close() ends the thread and every connection."""
 
-    def __init__(self, config: Thinking, template: JudgeTemplate, *, longest_wait_s: float = 8.0, rest_s: float = 30.0) -> None:
+    def __init__(self, config: Thinking, template: JudgeTemplate, *, key: str = "", longest_wait_s: float = 8.0, rest_s: float = 30.0) -> None:
         self._config, self._template = config, template
         self._down = ""
         self._store = ScoreStore(config.cache) if config.cache else None
-        self._caller = Caller(config, template, longest_wait_s=longest_wait_s, rest_s=rest_s, store=self._store)
+        self._caller = Caller(config, template, key=key, longest_wait_s=longest_wait_s, rest_s=rest_s, store=self._store)
         self.url = self._caller.url
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="thinking-endpoint", daemon=True)

@@ -70,6 +70,7 @@ def test_a_finished_run_becomes_a_row_and_a_picture(study, tmp_path):
         (folder / "samples.jsonl").write_text("\n".join(json.dumps(row(None, o, True, o - 0.5)) for o in (0.0, 1.0)))
         (folder / "held_out.json").write_text(json.dumps({"answers": answers}))
         assert study.finished(folder)
+    assert set(study.collected(tmp_path)) == set(cells)
     rows = [study.measured(tmp_path / cell.name, cell) for cell in cells]
     assert rows[0]["accuracy"] == pytest.approx(2 / 3) and rows[0]["unsound_of_right"] == 0.5 and rows[0]["length"] == 22
     found = {(line["judge"], line["seeds"]): line for line in study.summary(rows)}

@@ -7,8 +7,9 @@ from sophiavl_fast.rewards.thinking.template import PACKAGED, harmless, load
 @pytest.mark.parametrize("name", [p.stem for p in PACKAGED.glob("*.yaml")])
 def test_packaged_templates(name):
     template = load(name)
-    text = template.user("What is {{ 7 * 7 }}?", "I add {% if %} 3 and 4")
-    assert "What is {{ 7 * 7 }}?" in text and "I add {% if %} 3 and 4" in text
+    reasoning = "I add {% if %} 3 and 4"
+    text = template.user("What is {{ 7 * 7 }}?", reasoning)
+    assert "What is {{ 7 * 7 }}?" in text and (" ".join(reasoning) if name == "demo_judge_rationale" else reasoning) in text
 
 
 def test_the_published_judges_format():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.rollout.arguments import CPU_KV_CACHE_BYTES, MAX_IMAGES, as_flags, model_limit
 from sophiavl_fast.rollout.environment import child_environment
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
-from sophiavl_fast.rollout.server import pick_port
+from sophiavl_fast.rollout.server import end, pick_port
 
 if TYPE_CHECKING:
     from sophiavl_fast.policy import Policy  # `reward serve` must not pay for it
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 LONGEST = 32768   # tokens, as the published judge is served
 KEY_VARIABLE = "OPENAI_API_KEY"
 TAIL_LINES = 12
-CLOSE_S, CALL_S = 15.0, 120.0
+CALL_S = 120.0
 ENDING_S = 8.0    # between the end of a worker and its supervisor's
 
 
@@ -114,14 +113,8 @@ class JudgeServer:
             self._asleep = False
 
     def close(self) -> None:
-        """End server and supervisor; what does not end is killed with its whole process group."""
-        if self._process.stdin and not self._process.stdin.closed:
-            self._process.stdin.close()
-        try:
-            self._process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        """End server and supervisor."""
+        end(self._process)
 
     def __enter__(self) -> JudgeServer:
         return self

@@ -110,13 +110,18 @@ class Server:
         with self._closing:
             if self._family:
                 self._family.close()
-            if self._process.stdin and not self._process.stdin.closed:
-                self._process.stdin.close()
-            try:
-                self._process.wait(CLOSE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+            end(self._process)
+
+
+def end(supervisor: subprocess.Popen) -> None:
+    """End a supervised server, which the end of its standard input asks for; what does not end is killed with its whole process group."""
+    if supervisor.stdin and not supervisor.stdin.closed:
+        supervisor.stdin.close()
+    try:
+        supervisor.wait(CLOSE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(supervisor.pid, signal.SIGKILL)
+        supervisor.wait()
 
 
 def placement(config: Config, device: str, index: int) -> dict[str, str]:

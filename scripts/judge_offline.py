@@ -39,9 +39,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/judge_offline.json")
     parser.add_argument("--alpha", type=float, default=0.3)
     a = parser.parse_args()
+    for run in a.run:
+        if not (run / "samples.jsonl").is_file():
+            parser.error(f"'{run}' is no run's folder (no samples.jsonl)")
     samples = [[json.loads(line) for line in (run / "samples.jsonl").open(encoding="utf-8")] for run in a.run]
     if any(row["thinking"] is None for run in samples for row in run):
-        raise SystemExit("a run without a judge's score for every response cannot be judged anew")
+        parser.error("a run without a judge's score for every response cannot be judged anew")
     rows = []
     for judge, trust, uniform in product(JUDGES, ("off", "paper"), ("score", "center", "skip")):
         found = [judged(run, judge, trust, uniform, a.alpha) for run in samples]

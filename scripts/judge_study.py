@@ -93,7 +93,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--collect", action="store_true", help="train nothing: report whatever runs are finished")
     parser.add_argument("settings", nargs="*", help="a.b=value for every run")
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.collect and not found.runs.is_dir():
+        parser.error(f"--runs '{found.runs}' is no folder")
+    return found
 
 
 @contextmanager

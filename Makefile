@@ -1,11 +1,12 @@
 # Everything from a fresh clone: `make demo` and `make test` install what they need by themselves.
 SHELL := /bin/bash
-VENV := .venv
+DEVICE ?= cpu
+# DEVICE=cuda has an environment of its own, with CUDA builds of torch and vLLM
+VENV := $(if $(findstring cuda,$(DEVICE)),.venv-cuda,.venv)
 PY := $(VENV)/bin/python
 RUN := $(PY) -m sophiavl_fast
 STAMP := $(VENV)/.installed
 SEED ?= 0
-DEVICE ?= cpu
 # another layout of the trainer, such as PARALLEL="tensor=2" or PARALLEL="tensor=2 data=2": torchrun starts the product of the numbers
 PARALLEL ?=
 # the default seed owns the plain names; other seeds get folders of their own
@@ -22,8 +23,8 @@ LAYOUT := $(if $(PARALLEL),rollout.engine=server $(addprefix parallel.,$(PARALLE
 .PHONY: aot install demo demo-judge test test-all bench-env lint clean-demo kernels
 install: $(STAMP)
 
-$(STAMP): requirements/cpu.txt pyproject.toml setup.py scripts/install_cpu.sh
-	bash scripts/install_cpu.sh $(VENV)
+$(STAMP): requirements/$(if $(findstring cuda,$(DEVICE)),gpu,cpu).txt pyproject.toml setup.py scripts/install.sh
+	bash scripts/install.sh $(VENV) $(DEVICE)
 	touch $@
 
 # data and a random tiny model -> warm start -> thinking reward model -> Trust-GRPO -> the before/after table

@@ -35,7 +35,7 @@ print(json.dumps({"version": torchvision.__version__, "compiled": torchvision.ex
 # distribution -> (what imports it, what to do without it)
 ENGINES = {
     "vllm": ("import json, vllm; print(json.dumps({'version': vllm.__version__}))",
-             "rollouts need it: pip install --no-deps -r requirements/cpu.txt, or the extra 'gpu'"),
+             "rollouts need it: make install, or make install DEVICE=cuda"),
     "megatron-core": ("import json, megatron.core as m; from megatron.core.models.gpt import GPTModel; print(json.dumps({'version': m.__version__}))",
                       "the policy needs it; a bare 'transformer-engine' package breaks its import: pip uninstall transformer-engine"),
     "triton": ("import json, triton; print(json.dumps({'version': triton.__version__}))", "kernels fall back to their PyTorch references"),
@@ -85,7 +85,7 @@ def machine(config: Config | None) -> Machine:
         torch, vision, *engines = pool.map(probe, (TORCH, VISION, *(code for code, _ in ENGINES.values())))
     gpus = torch.get("gpus", [])
     pins = _pins("gpu" if gpus else "cpu")
-    rows = [_python(), _package("torch", torch, pins, "everything needs it: pip install --no-deps -r requirements/cpu.txt")]
+    rows = [_python(), _package("torch", torch, pins, "everything needs it: make install, or make install DEVICE=cuda")]
     rows += [_gpus(gpus, config), _vision(vision)]
     needless = {"triton"} | ({"vllm"} if config and config.recipe == "sft" else set())
     rows += [_package(name, found, pins, hint, needed=name not in needless) for (name, (_, hint)), found in zip(ENGINES.items(), engines, strict=True)]

@@ -274,6 +274,9 @@ class Sft(Node):
     """Records an optimizer step, over all replicas."""
     target: Literal["process", "solution", "answer"] = "process"
     """process: the record's trace followed by its solution; solution: the solution alone; answer: the solution inside <answer>..</answer>."""
+    soft_score: str | None = None
+    """For a judge: the record's field with the exact score in [0, 1] (`reward balance` writes `score`). The solution is then learnt as a distribution over
+    the two nearest tenths whose mean is that score; null: the solution as it stands."""
 
 
 class Eval(Node):

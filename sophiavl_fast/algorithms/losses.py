@@ -25,6 +25,11 @@ def token_count(batches: Iterable[Batch]) -> Tensor:
     return torch.tensor(float(sum(len(b.target) for b in batches)), dtype=torch.float64)
 
 
+def weight_of_tokens(batches: Iterable[Batch]) -> Tensor:
+    """Response tokens of these rows, each times its response's weight (Batch.advantage), 0-d fp64 on the CPU: to be summed over replicas."""
+    return torch.stack([torch.zeros((), dtype=torch.float64), *(b.advantage.double() @ b.cu_seqlens.diff().double() for b in batches)]).sum()
+
+
 def denominator(batches: Iterable[Batch], config: Config) -> Tensor:
     """What this replica adds to the denominator of one optimizer update, 0-d fp64 on the CPU.
 
@@ -72,11 +77,13 @@ def matching(batch: Batch, logprob: Tensor, cap: float) -> Tensor:
 
 
 def sft_loss(denominator: Tensor | float) -> LossFn:
-    """loss_fn of supervised fine-tuning: the negative log-likelihood of the response tokens over the global `denominator`."""
+    """loss_fn of supervised fine-tuning: the negative log-likelihood of the response tokens, each times its response's weight
+    (Batch.advantage: 1 but where a target is a distribution over responses), over the global `denominator`."""
     count = float(denominator)
 
     def loss_fn(batch: Batch, logprob: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loss = -logprob.sum(dtype=torch.float64) / count
+        weight = batch.advantage.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(logprob))
+        loss = -(weight * logprob).sum(dtype=torch.float64) / count
         tokens = torch.tensor(float(len(logprob)), device=logprob.device)
         return loss.to(logprob.dtype), stats.pack({"loss": loss, "tokens": tokens}, logprob.device)
 

@@ -55,8 +55,8 @@ def fullest_row(config: Config, sizes: Sizes) -> Row:
     """The largest row that the config admits: groups whose prompts (all image but for a word) and responses are as long as they may be."""
     prompt, new, n = config.data.max_prompt_tokens, config.rollout.max_new_tokens, config.rollout.n
     many = config.recipe == "rl"
-    n, pieces = (n, config.rollout.prompts_per_step) if many else (1, config.sft.batch_size)
-    if many and not config.policy.share_prompt:
+    n, pieces = (n, config.rollout.prompts_per_step) if many else (1 if config.sft.soft_score is None else 2, config.sft.batch_size)
+    if not config.policy.share_prompt:
         n, pieces = 1, pieces * n
     piece = prompt + n * new
     held = min(max(1.0, config.policy.tokens_per_row / piece), pieces)          # groups in a row; part of one stands for shorter ones

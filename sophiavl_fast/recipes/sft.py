@@ -1,15 +1,19 @@
 """Supervised fine-tuning on responses, with the same engine as RL: the warm start, and the thinking reward model's training.
 
-The loss is the mean negative log-likelihood over all response tokens of the step, on every replica together.
+The loss is the mean negative log-likelihood over all response tokens of the step, on every replica together; with `sft.soft_score` the
+target is a distribution over scores.
 """
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from sophiavl_fast.algorithms import losses
-from sophiavl_fast.config import Config
+from sophiavl_fast.config import Config, Sft
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
@@ -60,9 +64,10 @@ def one_step(config: Config, loader: Loader, processor: Processor, policy: Polic
     started = time.perf_counter()
     with progress.phase("data"):
         prompts = loader.next(config.sft.batch_size, replica=policy.replica, replicas=policy.replicas) if policy.is_lead else []
-        batches = policy.pack([as_group(p, processor, config.sft.target) for p in prompts], None)
+        examples = [example(p, processor, config.sft) for p in prompts]
+        batches = policy.pack([e.group for e in examples], torch.tensor([w for e in examples for w in e.weights]))
     with progress.phase("update") as update:
-        count = policy.sum_over_replicas(losses.token_count(batches))
+        count = policy.sum_over_replicas(losses.weight_of_tokens(batches))
         result = policy.update(batches, losses.sft_loss(count))
     return losses.sft_metrics(result.stats) | {
         "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped,
@@ -70,11 +75,45 @@ def one_step(config: Config, loader: Loader, processor: Processor, policy: Polic
     } | memory.metrics()
 
 
-def as_group(prompt: Prompt, processor: Processor, target: str) -> Group:
-    """A record as a group of one response: its trace and answer, or its answer alone (tagged or bare), closed by end-of-text."""
-    text = {"process": f"{prompt.process}<answer>{prompt.gold}</answer>", "solution": prompt.gold, "answer": f"<answer>{prompt.gold}</answer>"}[target]
-    if target == "process" and not prompt.process:
-        raise UserError(f"record {prompt.id} has no 'process' to learn from; use sft.target=solution")
-    ids = [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], processor.stop_ids[0]]
-    response = Response(token_ids=ids, logprobs=[0.0] * len(ids), text=text, finish_reason="stop", seed=0, weight_versions=[0] * len(ids))
-    return Group(prompt=prompt, responses=[response])
+class Example(NamedTuple):
+    """What one record teaches: responses to its prompt, and the weight of each in the loss (they sum to 1)."""
+
+    group: Group
+    weights: list[float]
+
+
+def example(prompt: Prompt, processor: Processor, sft: Sft) -> Example:
+    """A record's target: its trace and answer, or its answer alone (tagged or bare), closed by end-of-text.
+
+    With sft.soft_score the answer is a distribution: the two nearest tenths, weighted so that their mean is the record's exact score. Both
+    responses in one group with the cross-entropy weighted alike are a soft target at the token where they part, whatever the tokenizer.
+    Raises UserError for a record without what the target needs.
+    """
+    answers = [(prompt.gold, 1.0)] if sft.soft_score is None else tenths(prompt, sft.soft_score)
+    responses = []
+    for answer, _ in answers:
+        text = {"process": f"{prompt.process}<answer>{answer}</answer>", "solution": answer, "answer": f"<answer>{answer}</answer>"}[sft.target]
+        if sft.target == "process" and not prompt.process:
+            raise UserError(f"record {prompt.id} has no 'process' to learn from; use sft.target=solution")
+        ids = [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], processor.stop_ids[0]]
+        responses.append(Response(token_ids=ids, logprobs=[0.0] * len(ids), text=text, finish_reason="stop", seed=0, weight_versions=[0] * len(ids)))
+    return Example(Group(prompt=prompt, responses=responses), [weight for _, weight in answers])
+
+
+def tenths(prompt: Prompt, field: str) -> list[tuple[str, float]]:
+    """The one or two nearest tenths of the score in the record's `field`, with weights whose mean score is the score itself.
+
+    Raises UserError where it is no number in [0, 1], or is not what the record's solution was rounded from.
+    """
+    score = prompt.record.get(field)
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
+        raise UserError(f"record {prompt.id}: '{field}' is {score!r}, but sft.soft_score = {field} wants a number in [0, 1] there")
+    try:
+        agrees = abs(float(prompt.gold) - score) < 0.1
+    except ValueError:
+        agrees = False
+    if not agrees:
+        raise UserError(f"record {prompt.id}: its solution is '{prompt.gold}' but its '{field}' is {score:g}: no rounding makes one of the other")
+    low = min(int(score * 10 + 1e-6), 9)
+    share = score * 10 - low
+    return [(f"{tenth / 10:.1f}", weight) for tenth, weight in ((low, 1 - share), (low + 1, share)) if weight > 1e-6]

@@ -98,19 +98,23 @@ def test_a_reference_is_needed_where_the_kl_counts():
         losses.make_grpo_loss(conf(kl_coef=0.04), 6)(row([6], ref=False), torch.zeros(6), None)
 
 
-def test_sft_is_the_mean_negative_log_likelihood():
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.25, 0.75, 1.0]])
+def test_sft_is_the_weighted_mean_negative_log_likelihood(weights):
     batches = [row([3, 4], 1), row([5], 2)]
+    batches[0].advantage, batches[1].advantage = torch.tensor(weights[:2]), torch.tensor(weights[2:])
     draw = torch.Generator().manual_seed(0)
     logprobs = [(-torch.rand(n, generator=draw) - 0.1).requires_grad_() for n in (7, 5)]
-    loss_fn, vector = losses.sft_loss(losses.token_count(batches)), stats.empty()
+    loss_fn, vector = losses.sft_loss(losses.weight_of_tokens(batches)), stats.empty()
     total = 0.0
     for batch, logprob in zip(batches, logprobs):
         loss, found = loss_fn(batch, logprob, None)
         total, vector = total + loss, stats.merge(vector, found)
-    want = -torch.cat(logprobs).mean()
+    each = torch.tensor([weights[0]] * 3 + [weights[1]] * 4 + [weights[2]] * 5)
+    want = -(each * torch.cat(logprobs)).sum() / each.sum()
     torch.testing.assert_close(total, want)
-    assert len(vector) == len(STATS) and losses.sft_metrics(vector)["loss"] == pytest.approx(want.item())
-    assert torch.autograd.grad(total, logprobs)[0].tolist() == pytest.approx([-1 / 12] * 7)
+    assert len(vector) == len(STATS) and losses.sft_metrics(vector) == {"loss": pytest.approx(want.item()), "train/tokens": 12}
+    assert torch.autograd.grad(total, logprobs)[0].tolist() == pytest.approx((-each / each.sum())[:7].tolist())
+    assert losses.weight_of_tokens([]) == 0
 
 
 def test_responses_whose_engine_disagrees_are_left_out():

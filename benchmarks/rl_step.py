@@ -47,7 +47,8 @@ def ours(a: argparse.Namespace, model: Path, banned: list[int]) -> dict[str, Any
     import torch
 
     from sophiavl_fast.policy.saver import Saver
-    from sophiavl_fast.recipes import rl
+    from sophiavl_fast.recipes import ranks, rl
+    from sophiavl_fast.recipes.rooms import Rooms
     from sophiavl_fast.rewards import Rewards
 
     torch.set_num_threads(a.threads)
@@ -56,7 +57,7 @@ def ours(a: argparse.Namespace, model: Path, banned: list[int]) -> dict[str, Any
     rollout.send(policy, version=0)
     with Rewards(config, device=policy.device) as rewards, rl.Progress(config, "bench", steps=0) as progress:
         saver = Saver(policy, a.work, keep=1, background=False)
-        rooms = rl.Rooms(config, _Loader(prompts), policy, rl.ranks.Lead(rollout, policy), rewards, progress, [], saver)
+        rooms = Rooms(config, _Loader(prompts), policy, ranks.Lead(rollout, policy), rewards, progress, [], saver)
         found = [rl.one_step(rooms, step)[0] for step in range(1, a.steps + 1)][2:]
     rollout.close()
     policy.close()

@@ -13,9 +13,8 @@ rank 0, first stage) have prompts, groups and scores in their hands, their peers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,49 +22,19 @@ import torch
 from sophiavl_fast import types
 from sophiavl_fast.algorithms import losses
 from sophiavl_fast.config import Config
-from sophiavl_fast.data import open_eval
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import EngineError
 from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
 from sophiavl_fast.policy import Policy
-from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import judge_server, ranks, samples, sampling, setup
 from sophiavl_fast.recipes.ahead import Ahead
-from sophiavl_fast.recipes.judge_server import JudgeServer
 from sophiavl_fast.recipes.muster import Muster
-from sophiavl_fast.rewards import Rewards
-from sophiavl_fast.rollout import open_rollout
+from sophiavl_fast.recipes.rooms import Rooms, open_rooms
 from sophiavl_fast.types import derive_seed
 
 PROBE_TOKENS = 8
-
-
-@dataclass(slots=True)
-class Rooms:
-    """Everything a step needs, open. Peers of a lead have a rollout that only follows the weights, and no rewards."""
-
-    config: Config
-    loader: Loader
-    policy: Policy
-    rollout: ranks.Lead | ranks.Follower
-    rewards: Rewards | None
-    progress: Progress
-    held_out: list[types.Prompt]
-    saver: Saver
-    judge: JudgeServer | None = None
-    ahead: Ahead | None = None
-
-    def draw(self) -> list[types.Prompt]:
-        """This replica's prompts of the next step."""
-        return self.loader.next(self.config.rollout.prompts_per_step, replica=self.policy.replica, replicas=self.policy.replicas)
-
-    def generate(self, prompts: list[types.Prompt], step: int, on_group: Callable[[types.Group], None] | None = None, turn: int = 0) -> list[types.Group]:
-        """Their groups; `turn` counts the rounds of dynamic sampling within a step, so that a prompt that comes again is answered anew."""
-        r, seed = self.config.rollout, self.config.run.seed
-        return self.rollout.generate(prompts, n=r.n, step=step, seed=derive_seed(seed, "resample", turn) if turn else seed,
-                                     temperature=r.temperature, max_new_tokens=r.max_new_tokens, on_group=on_group)
 
 
 def train(config: Config) -> int:
@@ -97,27 +66,6 @@ def train(config: Config) -> int:
         write_report(run_dir)
         summary.print_table(run_dir)
     return 0
-
-
-@contextmanager
-def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Policy, progress: Progress) -> Iterator[Rooms]:
-    """The engine, the rewards and the held-out prompts; on peers of a lead what stands for them."""
-    held_out = open_eval(config, processor) if config.eval.every else []
-    policy.rest()
-    policy.layout.wait("engine")  # which may stand on GPUs of several ranks, and looks for its memory when it starts
-    with ExitStack() as stack:
-        saver = stack.enter_context(Saver(policy, config.run.dir, keep=config.checkpoint.keep, background=config.checkpoint.background))
-        if not policy.is_lead:
-            yield Rooms(config, loader, policy, ranks.Follower(policy), None, progress, held_out, saver)
-            return
-        with progress.phase("engine"):
-            rollout = open_rollout(config, stop_ids=processor.stop_ids, banned_ids=processor.banned_ids, vocab_size=processor.vocab_size,
-                                   decode=processor.decode, device=policy.device, run_dir=config.run.dir, replica=policy.replica, replicas=policy.replicas)
-            stack.callback(rollout.close)
-        with progress.phase("judge"):
-            judge, key = stack.enter_context(judge_server.served(config, policy))
-            rewards = stack.enter_context(Rewards(config, device=policy.device, judge_key=key))
-        yield Rooms(config, loader, policy, ranks.Lead(rollout, policy), rewards, progress, held_out, saver, judge)
 
 
 def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:

@@ -6,17 +6,14 @@ next prompts of the stream, on whichever replica they lie; what is then still wi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from sophiavl_fast.algorithms import trust
 from sophiavl_fast.kernels import Trust
 from sophiavl_fast.recipes import ranks
+from sophiavl_fast.recipes.rooms import Rooms
 from sophiavl_fast.types import Group, Scores
-
-if TYPE_CHECKING:
-    from sophiavl_fast.recipes.rl import Rooms
 
 
 @dataclass(slots=True)

@@ -15,6 +15,8 @@ DEMO_RUN := runs/demo$(SUFFIX)
 DEMO_DATA := data/demo$(SUFFIX)
 DEMO_MODEL := models/demo$(SUFFIX)
 DEMO_SET := run.seed=$(SEED) device=$(DEVICE) data.registry=$(DEMO_DATA)/dataset_info.json
+# two million parameters want no 0.4 of a GPU: a cache of a million blocks costs the engine's Python more than the model costs the GPU
+GPU_SET := $(if $(findstring cuda,$(DEVICE)),rollout.gpu_memory_utilization=0.1)
 # the RL run under torchrun, where a layout is named: rollouts then come from servers, one a replica
 RANKS := $(if $(PARALLEL),$(shell echo $$(( 1 $(foreach p,$(PARALLEL),* $(lastword $(subst =, ,$(p)))) ))))
 RL := $(if $(PARALLEL),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m sophiavl_fast,$(RUN))
@@ -32,7 +34,7 @@ demo: $(STAMP)
 	$(PY) -m sophiavl_fast.data.demo --out $(DEMO_DATA) --model $(DEMO_MODEL)-init --seed $(SEED)
 	$(RUN) train configs/demo_warmup.yaml $(DEMO_SET) run.dir=runs/demo_warmup$(SUFFIX) run.export=$(DEMO_MODEL) model.path=$(DEMO_MODEL)-init
 	$(RUN) train configs/demo_judge.yaml $(DEMO_SET) run.dir=runs/demo_judge$(SUFFIX) run.export=$(DEMO_MODEL)-judge model.path=$(DEMO_MODEL)
-	$(RL) train configs/demo.yaml $(DEMO_SET) run.dir=$(DEMO_RUN) model.path=$(DEMO_MODEL) thinking.path=$(DEMO_MODEL)-judge $(LAYOUT)
+	$(RL) train configs/demo.yaml $(DEMO_SET) run.dir=$(DEMO_RUN) model.path=$(DEMO_MODEL) thinking.path=$(DEMO_MODEL)-judge $(GPU_SET) $(LAYOUT)
 
 # traces -> annotate -> balance -> a tiny thinking reward model -> serve -> evaluate, on the demo's data and warm-started model
 demo-judge: $(STAMP)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -90,7 +91,7 @@ def machine(config: Config | None) -> Machine:
     needless = {"triton"} | ({"vllm"} if config and config.recipe == "sft" else set())
     rows += [_package(name, found, pins, hint, needed=name not in needless) for (name, (_, hint)), found in zip(ENGINES.items(), engines, strict=True)]
     run_dir = Path(config.run.dir) if config else Path()
-    rows += [_compiler(), _cores(), _memory(), _shared_memory(), _disk(run_dir), _ports(config), *_loggers(config)]
+    rows += [*([_toolchain()] if gpus else []), _compiler(), _cores(), _memory(), _shared_memory(), _disk(run_dir), _ports(config), *_loggers(config)]
     return Machine(rows, gpus)
 
 
@@ -130,6 +131,17 @@ def _vision(found: dict) -> Row:
     if "error" in found:
         return Row("torchvision", "FAIL", found["error"], "the import hook in sophiavl_fast/compat did not help: install the build that goes with torch")
     return Row("torchvision", "OK", f"{found['version']}, {'compiled ops' if found['compiled'] else 'import hook active: its CUDA half is stepped around'}")
+
+
+def _toolchain() -> Row:
+    """What Triton needs at its first launch: a C compiler and Python's headers build its link to the driver."""
+    compiler = next((c for c in (os.environ.get("CC"), "gcc", "clang", "cc") if c and shutil.which(c)), None)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    missing = [name for name, there in (("C compiler", compiler), (f"Python.h (looked for {header})", header.is_file())) if not there]
+    if missing:
+        hint = f"Triton and vLLM build with them: apt-get install gcc python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+        return Row("C compiler", "FAIL", f"no {' and no '.join(missing)}", hint)
+    return Row("C compiler", "OK", f"{compiler}, Python.h")
 
 
 def _compiler() -> Row:

@@ -151,6 +151,7 @@ def choose_device(wish: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False   # convolutions take it by default: fp32 would not be fp32 in vision towers, a judge's included
     return device
 
 

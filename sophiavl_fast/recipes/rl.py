@@ -204,7 +204,7 @@ def probe(rooms: Rooms, groups: list[types.Group], step: int) -> float:
                                         temperature=config.rollout.temperature, max_new_tokens=PROBE_TOKENS)
     rooms.rollout.end_round()
     batches = policy.pack(groups, None)
-    worst = torch.tensor(max((a - b.rollout_logprob).abs().max().item() for a, b in zip(policy.logprobs(batches), batches, strict=True)))
+    worst = torch.tensor(max((a.cpu() - b.rollout_logprob).abs().max().item() for a, b in zip(policy.logprobs(batches), batches, strict=True)))
     found = float(policy.layout.max_over_replicas(worst))
     _check_rollout_logprobs(found, config, step)
     return found

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import torch
 
 from sophiavl_fast.config import Config, Rollout
 from sophiavl_fast.errors import EngineError, EngineLost, UserError
@@ -42,6 +43,7 @@ class ServerRollout:
         self._sender = threading.get_ident()
         c, first = config.rollout, replica * config.rollout.engines
         backend = transfer_backend(c, device, found=bool(urls))
+        gpu = torch.cuda.current_device() if device == "cuda" else None   # asked here: a thread that starts an engine anew has device 0 for its own
         self._token = os.environ.get(TOKEN_VARIABLE, "") if urls else secrets.token_urlsafe(32)
         if not self._token:
             raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
@@ -52,7 +54,7 @@ class ServerRollout:
 
         self._transfer = Transfer(nonce=nonce, checksums=c.checksum, in_flight=c.staleness > 0)
         self._pool = Pool(c.engines, urls, start=start, control=lambda e: HttpControl(e.url, self._token, c.transfer_timeout_s, e.server),
-                          channel=lambda control: open_channel(backend, control, c), nonce=nonce, banned_ids=banned_ids,
+                          channel=lambda control: open_channel(backend, control, c, gpu), nonce=nonce, banned_ids=banned_ids,
                           max_restarts=c.max_restarts, start_timeout_s=c.start_timeout_s)
         try:
             self._pool.open(on_wait)
@@ -191,19 +193,21 @@ def transfer_backend(rollout: Rollout, device: str, *, found: bool) -> str:
     return "gloo" if device == "cpu" else "nccl" if found or rollout.gpus else "ipc"
 
 
-def open_channel(backend: str, control: HttpControl, rollout: Rollout) -> Channel:
-    """The trainer side of a backend, to one engine."""
+def open_channel(backend: str, control: HttpControl, rollout: Rollout, gpu: int | None) -> Channel:
+    """The trainer side of a backend, to one engine; `gpu`: the trainer's device, None on a CPU."""
     host, timeout_s = rollout.transfer_host or own_address(control.url), rollout.transfer_timeout_s
     if backend == "ipc":
         from sophiavl_fast.rollout.transfer.ipc import IpcChannel
 
         if control.workers() > 1:
             raise UserError("rollout.transfer = ipc reaches an engine of one GPU, the trainer's; use nccl")
-        return IpcChannel(control)
+        assert gpu is not None, "transfer_backend refuses it on a CPU"
+        return IpcChannel(control, gpu)
     if backend == "nccl":
         from sophiavl_fast.rollout.transfer.nccl import NcclChannel
 
-        return NcclChannel(control, host, timeout_s)
+        assert gpu is not None, "transfer_backend refuses it on a CPU"
+        return NcclChannel(control, host, timeout_s, gpu)
     from sophiavl_fast.rollout.transfer.gloo import GlooChannel
 
     return GlooChannel(control, host, timeout_s)

@@ -148,3 +148,19 @@ def test_a_wanted_logger_or_gpu_that_is_missing_fails():
 def test_a_run_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)
     assert checks._disk(tmp_path / "run").status == "FAIL"
+
+
+def test_a_gpu_wants_a_c_compiler_and_headers(monkeypatch, tmp_path):
+    """Triton builds its link to the driver at the first launch; without them a run ends there."""
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(checks.sysconfig, "get_path", lambda name: str(tmp_path))
+    row = checks._toolchain()
+    assert row.status == "FAIL" and "Python.h" in row.found and "no C compiler" not in row.found and "apt-get install gcc python3" in row.hint
+    (tmp_path / "Python.h").touch()
+    assert checks._toolchain().status == "OK"
+    compiler.unlink()
+    assert checks._toolchain().found.startswith("no C compiler")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophiavl_fast.compat.patch_embedding import use_products
 from sophiavl_fast.policy.families.base import Family, quiet
 
 
@@ -27,6 +28,7 @@ class QwenVL(Family):
 
         with no_init_weights():
             tower = self.tower_class()._from_config(quiet(self.hf_config.vision_config), attn_implementation="sdpa", dtype=dtype)
+        use_products(tower)
         if recompute:
             tower.gradient_checkpointing_enable({"use_reentrant": False})
         return tower.to(device).train()

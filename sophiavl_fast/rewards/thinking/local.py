@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophiavl_fast.compat.patch_embedding import use_products
 from sophiavl_fast.config import Thinking
 from sophiavl_fast.errors import UserError, nearest
 from sophiavl_fast.rewards.thinking import Case, Verdict
@@ -187,6 +188,7 @@ def _load(path: str, device: torch.device) -> tuple[Any, Any]:
         model: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto")
     except (OSError, ValueError) as error:
         raise UserError(f"thinking.path: '{path}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    use_products(model)
     return processor, model.eval().requires_grad_(False).to(device)
 
 

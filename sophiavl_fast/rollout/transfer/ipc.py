@@ -17,10 +17,10 @@ class IpcChannel:
     The tensors stay alive until the update is committed: the engine reads them in place.
     """
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, gpu: int) -> None:
         self._control = control
         self._shared: list[Bucket] = []
-        self._gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        self._gpu = str(torch.cuda.get_device_properties(gpu).uuid)
         control.init_transfer({"packed": False})
 
     def convert(self, bucket: Bucket) -> Bucket:

@@ -12,22 +12,21 @@ from sophiavl_fast.rollout.transfer.together import together
 
 
 class NcclChannel:
-    """A communicator of the trainer (rank 0, its current device) and one engine's workers; packed broadcasts, one call a bucket."""
+    """A communicator of the trainer (rank 0, its device `gpu`) and one engine's workers; packed broadcasts, one call a bucket."""
 
-    def __init__(self, control: Control, host: str, timeout_s: float) -> None:
+    def __init__(self, control: Control, host: str, timeout_s: float, gpu: int) -> None:
         from vllm.distributed.weight_transfer import nccl_common
 
         self._control, self._timeout_s = control, timeout_s
         meeting: dict[str, Any] = {"master_address": host, "master_port": pick_port(0), "world_size": 1 + control.workers()}
         info = nccl_common.worker_init_payload(nccl_common.NCCLWeightTransferInitInfo(**meeting, rank_offset=1, packed=True))
-        device = torch.cuda.current_device()
 
         def join() -> Any:
-            torch.cuda.set_device(device)   # the current device is a thread's own
+            torch.cuda.set_device(gpu)   # the current device is a thread's own
             return nccl_common.trainer_init(meeting)
 
         self._communicator = together(join, lambda: control.init_transfer(info), control, phase="weight transfer (set-up)", timeout_s=timeout_s)
-        self._device = device
+        self._device = gpu
 
     def convert(self, bucket: Bucket) -> Bucket:
         torch.cuda.current_stream().synchronize()   # gathered on this thread's stream, read on the other's

@@ -44,24 +44,22 @@ class Marks:
     """A set of storages, by identity. A weak reference keeps a dead storage's address from being given to another while it is a member."""
 
     def __init__(self) -> None:
-        self._held: dict[int, StorageWeakRef] = {}
+        self.held: dict[int, StorageWeakRef] = {}
         self._limit = 4096
 
     def __contains__(self, tensor: Tensor) -> bool:
-        try:
-            return tensor.untyped_storage()._cdata in self._held
-        except (NotImplementedError, RuntimeError):  # sparse and the like: no storage
-            return False
+        return _storage(tensor) in self.held
 
     def add(self, tensor: Tensor) -> None:
         reference = StorageWeakRef(tensor.untyped_storage())
-        self._held[reference.cdata] = reference
-        if len(self._held) > self._limit:
-            self._held = {key: held for key, held in self._held.items() if not held.expired()}
-            self._limit = max(4096, 2 * len(self._held))
+        self.held[reference.cdata] = reference
+        if len(self.held) > self._limit:
+            for key in [key for key, held in self.held.items() if held.expired()]:
+                del self.held[key]
+            self._limit = max(4096, 2 * len(self.held))
 
     def discard(self, tensor: Tensor) -> None:
-        self._held.pop(tensor.untyped_storage()._cdata, None)
+        self.held.pop(_storage(tensor), None)
 
 
 class Pretence:
@@ -104,7 +102,8 @@ class Pretence:
 
     def run(self, mode: TorchDispatchMode, func: Any, args: tuple, kwargs: dict) -> Any:
         given = list(_tensors((args, kwargs)))
-        here = any(t in self.marked for t in given)
+        known = {_storage(t) for t in given}
+        here = any(place in self.marked.held for place in known)
         if here:
             self._check(func, args, given, kwargs)
         self._count(func, args, kwargs, here)
@@ -114,32 +113,30 @@ class Pretence:
                 out = body(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
-        known = {t.untyped_storage()._cdata for t in given}
         wish = getattr(self.wish, "value", ())
         for t in _tensors((out,)):
-            if t.layout != torch.strided or t.untyped_storage()._cdata in known:
-                if here and t in self.unplaced:
+            if (place := _storage(t)) in known or not place:
+                if here and place in self.unplaced.held:
                     self.unplaced.discard(t)
                     self.marked.add(t)
-                continue
-            if wish and wish[0] is not None:
+            elif wish and wish[0] is not None:
                 (self.marked.add if wish[0] else self.marked.discard)(t)
             elif here:
                 self.marked.add(t)
-            elif not wish and all(x in self.unplaced for x in given):
+            elif not wish and all(place in self.unplaced.held for place in known):
                 self.unplaced.add(t)
         return out
 
     def _check(self, func: Any, args: tuple, given: list[Tensor], kwargs: dict) -> None:
         name = func._opname
-        for generator in (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Generator)):
-            raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}' (in {func})")
-        if name in ("copy_", "_to_copy", "set_"):
+        if any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
+            raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' (in {func})")
+        strangers = [t for t in given if t not in self.marked and t not in self.unplaced]
+        if not strangers or name in ("copy_", "_to_copy", "set_"):
             return
-        considered = list(_tensors((args[0], args[2:], kwargs))) if name in INDEXING and args[0] in self.marked else given
-        strangers = [t for t in considered if t not in self.marked and t not in self.unplaced]
-        written = [t for t, a in zip(args, func._schema.arguments) if isinstance(t, Tensor) and a.alias_info is not None and a.alias_info.is_write]
-        if any(t.dim() for t in strangers) or any(t is w for t in strangers for w in written):
+        if name in INDEXING and args[0] in self.marked:
+            strangers = [t for t in strangers if not any(t is index for index in args[1])]
+        if any(t.dim() for t in strangers) or any(t is args[i] for t in strangers for i in _written(func) if i < len(args)):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (in {func})")
 
     def _count(self, func: Any, args: tuple, kwargs: dict, here: bool) -> None:
@@ -327,6 +324,17 @@ def pretended_cuda() -> Iterator[Pretence]:
     finally:
         for patch in reversed(patches):
             patch.stop()
+
+
+def _storage(tensor: Tensor) -> int:
+    """Its identity; 0: it has none (sparse and the like)."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+
+
+@functools.cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Places of the positional arguments that an op writes to."""
+    return tuple(i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _device(wish: Any) -> torch.device:

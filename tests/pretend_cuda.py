@@ -136,7 +136,8 @@ class Pretence:
             return
         if name in INDEXING and args[0] in self.marked:
             strangers = [t for t in strangers if not any(t is index for index in args[1])]
-        if any(t.dim() for t in strangers) or any(t is args[i] for t in strangers for i in _written(func) if i < len(args)):
+        scalars = func.namespace != "aten" or torch.Tag.pointwise in func.tags or name in INDEXING or "fill" in name or name.startswith("_foreach")
+        if any(t.dim() or not scalars for t in strangers) or any(t is args[i] for t in strangers for i in _written(func) if i < len(args)):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (in {func})")
 
     def _count(self, func: Any, args: tuple, kwargs: dict, here: bool) -> None:

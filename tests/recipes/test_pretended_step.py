@@ -1,0 +1,81 @@
+"""Trust-GRPO's and the warm-up's loops on a CUDA device that is not there (tests/pretend_cuda.py), from written-down responses: the CPU's metrics."""
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from sophiavl_fast import config as tree
+from sophiavl_fast.data.demo import generate, tiny_model
+from sophiavl_fast.data.loader import Loader
+from sophiavl_fast.data.processor import Processor
+from sophiavl_fast.recipes import rl, sft
+from sophiavl_fast.types import Response
+from tests.pretend_cuda import pretended_cuda
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TIMES = ("time/", "mem/", "_per_s", "rollout/probe")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Data, an untrained policy and judge, and made-up responses to the first two steps' prompts."""
+    folder = tmp_path_factory.mktemp("demo")
+    generate.write(folder / "data", 3, lambda rows, label, total: rows, scale=0.02)
+    for name, seed in (("init", 3), ("judge", 4)):
+        tiny_model.build(folder / name, seed)
+    config = rl_config(folder, folder / "unused", "cpu")
+    processor = Processor(config.model.path)
+    loader = Loader.open(config, processor)
+    (folder / "replay").mkdir()
+    for step in (1, 2):
+        lines = []
+        for prompt in loader.next(config.rollout.prompts_per_step):
+            responses = []
+            for i, text in enumerate((f"<think>{prompt.process}</think><answer>{prompt.gold}</answer>", "<think>1</think><answer>1</answer>", "7")):
+                ids = [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], processor.stop_ids[0]]
+                responses.append(Response(token_ids=ids, logprobs=[-3.0] * len(ids), text=text, finish_reason="stop", seed=i, weight_versions=[step - 1] * len(ids)))
+            lines.append(json.dumps({"id": prompt.id, "responses": [asdict(r) for r in responses]}) + "\n")
+        (folder / f"replay/step_{step}-0.jsonl").write_text("".join(lines))
+    loader.close()
+    return folder
+
+
+def rl_config(folder, out, device, *more):
+    return tree.load(ROOT / "configs/demo.yaml", [
+        f"data.registry={folder}/data/dataset_info.json", f"run.dir={out}", f"model.path={folder}/init", f"thinking.path={folder}/judge", f"device={device}",
+        "run.steps=2", "rollout.prompts_per_step=4", "rollout.n=3", "rollout.max_logprob_diff=null", "eval.every=0", "checkpoint.every=1", "algorithm.kl_coef=0.04",
+        f"debug.replay={folder}/replay", "monitor.tensorboard=false", "policy.kernels=reference", "optim.eps=1e-2", *more])
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if isinstance(v, float) and not any(t in k for t in TIMES)} for row in rows]
+
+
+@pytest.mark.parametrize("more", [["policy.offload_optimizer=true", "thinking.samples=3", "trust.mode=variance", "debug.compare_hf=true"],
+                                  pytest.param(["algorithm.epochs=2", "algorithm.mini_batches=2", "thinking.score=parse"], marks=pytest.mark.slow)], ids=["one update", "several"])
+def test_trust_grpo(demo, tmp_path, more):
+    rl.train(rl_config(demo, tmp_path / "cpu", "cpu", *more))
+    with pretended_cuda():
+        rl.train(rl_config(demo, tmp_path / "cuda", "cuda", *more))
+    cpu, cuda = metrics(tmp_path / "cpu"), metrics(tmp_path / "cuda")
+    assert len(cuda) == 2 and "policy/grad_norm" in cuda[0]
+    for a, b in zip(cpu, cuda, strict=True):
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5, nan_ok=True)
+    assert len((tmp_path / "cuda/samples.jsonl").read_text().splitlines()) == 24
+    assert all((tmp_path / "cuda" / name).exists() for name in ("report.html", "hf/model.safetensors", "checkpoints/step_2/manifest.json"))
+
+
+def test_fine_tuning(demo, tmp_path):
+    def config(device):
+        return tree.load(ROOT / "configs/demo_warmup.yaml", [
+            f"data.registry={demo}/data/dataset_info.json", f"run.dir={tmp_path / device}", f"run.export={tmp_path / device}/hf", f"model.path={demo}/init",
+            "run.steps=2", "sft.batch_size=4", "monitor.tensorboard=false", "policy.kernels=reference", "optim.eps=1e-2", f"device={device}"])
+
+    sft.train(config("cpu"))
+    with pretended_cuda():
+        sft.train(config("cuda"))
+    for a, b in zip(metrics(tmp_path / "cpu"), metrics(tmp_path / "cuda"), strict=True):
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5, nan_ok=True)

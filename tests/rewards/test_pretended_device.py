@@ -29,9 +29,9 @@ def test_answers_by_transformers(tiny_judge):
     processor, prompts = Processor(str(tiny_judge)), []
     for i, images in enumerate(([picture(1)], [], [picture(2), picture(3)])):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "1+2?"}]
-        ready = processor.prepare([{"role": "user", "content": content}], images)
-        prompts.append(Prompt(id=str(i), dataset="d", problem_type="numerical", question="", gold="", expanded_ids=ready.expanded_ids, pixel_values=ready.pixel_values,
-                              image_grid_thw=ready.image_grid_thw))
+        _, _, expanded, _, pixels, grid = processor.prepare([{"role": "user", "content": content}], images)
+        prompts.append(Prompt(id=str(i), dataset="d", problem_type="numerical", question="", gold="", expanded_ids=expanded, pixel_values=pixels,
+                              image_grid_thw=grid))
 
     def answers():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -101,6 +101,9 @@ class Pretence:
     # -- the dispatcher's layer
 
     def run(self, mode: TorchDispatchMode, func: Any, args: tuple, kwargs: dict) -> Any:
+        if _composite(func):  # below autograd, as in inference mode and inside our own ops, these come whole: look at what they are made of
+            with mode:
+                return func.decompose(*args, **kwargs)
         given = list(_tensors((args, kwargs)))
         known = {_storage(t) for t in given}
         here = any(place in self.marked.held for place in known)
@@ -330,6 +333,11 @@ def pretended_cuda() -> Iterator[Pretence]:
 def _storage(tensor: Tensor) -> int:
     """Its identity; 0: it has none (sparse and the like)."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+
+
+@functools.cache
+def _composite(func: Any) -> bool:
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 @functools.cache

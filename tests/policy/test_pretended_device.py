@@ -56,6 +56,9 @@ def a_run(folder, device, out, *, groups, algorithm=None, sft=False, offload=Fal
                 count = policy.sum_over_replicas(losses.denominator(batches, config))
                 result = policy.update(batches, losses.make_grpo_loss(config, count), entropy=True, active=lambda b: losses.active_rows(b, config))
                 found[f"{part} metrics"] = torch.tensor(list(losses.metrics(result.stats, config).values()))
+                if offload:  # moments that were away and came back
+                    policy.rest()
+                    result = policy.update(batches, losses.make_grpo_loss(config, count), entropy=True)
             else:
                 result = policy.update(batches, losses.sft_loss(policy.sum_over_replicas(losses.token_count(batches))))
             found |= {f"{part} stats": result.stats, f"{part} norm": torch.tensor(result.grad_norm)}

@@ -18,8 +18,10 @@ def pretence():
 
 
 @pytest.mark.parametrize("mistake", [
-    lambda a, b: a + b, lambda a, b: b + a, lambda a, b: torch.cat([a, b]), lambda a, b: b.add_(a), lambda a, b: b[a.long()], lambda a, b: torch.where(a > 0, a, b),
-    lambda a, b: a @ b, lambda a, b: torch.zeros(()).add_(a.sum()), lambda a, b: a.index_select(0, b.long()), lambda a, b: torch.stack([a.sum(), b.sum()]),
+    lambda a, b: a + b, lambda a, b: b + a, lambda a, b: torch.cat([a, b]), lambda a, b: b.add_(a), lambda a, b: b[a.long()],
+    lambda a, b: torch.where(a > 0, a, b),
+    lambda a, b: a @ b, lambda a, b: torch.zeros(()).add_(a.sum()), lambda a, b: a.index_select(0, b.long()),
+    lambda a, b: torch.stack([a.sum(), b.sum()]),
     lambda a, b: a * torch.arange(len(a)), lambda a, b: a.index_put_((b.long(),), b), lambda a, b: torch.nn.Linear(4, 2)(a), lambda a, b: a.mul_(b)])
 def test_mixed_devices_are_caught(pretence, mistake):
     with pytest.raises(RuntimeError, match="all tensors to be on the same device"):
@@ -28,8 +30,8 @@ def test_mixed_devices_are_caught(pretence, mistake):
 
 def test_what_is_legal_passes(pretence):
     there, here = torch.arange(4.0, device="cuda"), torch.arange(4.0)
-    results = [there * torch.tensor(2.0), there[here.long()], there.clone().copy_(here), here.to(there), here.cuda(), there.new_zeros(2), torch.zeros_like(there),
-               torch.tensor([1.0], device="cuda"), there[:2].view(2, 1), torch.full((2,), 1.0, device=there.device), here.to("cuda", torch.float64)]
+    results = [there * torch.tensor(2.0), there[here.long()], there.clone().copy_(here), here.to(there), here.cuda(),
+               there.new_zeros(2), torch.zeros_like(there), torch.tensor([1.0], device="cuda"), there[:2].view(2, 1), torch.full((2,), 1.0, device=there.device), here.to("cuda", torch.float64)]
     assert all(r.device == torch.device("cuda", 0) and r.is_cuda for r in results)
     back = [there.cpu(), there.to("cpu", copy=True), here.clone().copy_(there), torch.empty_like(there, device="cpu"), there.new_zeros(2, device="cpu")]
     assert all(r.device.type == "cpu" and not r.is_cuda for r in back) and type(there) is torch.Tensor
@@ -54,8 +56,10 @@ def test_pinned_memory_and_generators(pretence):
 
 
 @pytest.mark.parametrize("kind,wait", [
-    ("item", lambda a: a[0].item()), ("item", lambda a: bool(a[0] > 0)), ("tolist", lambda a: a.tolist()), ("download", lambda a: a.cpu()), ("nonzero", lambda a: a.nonzero()),
-    ("mask as index", lambda a: a[a > 1]), ("upload", lambda a: torch.ones(3).to(a.device)), ("upload", lambda a: torch.tensor([1, 2], device=a.device)),
+    ("item", lambda a: a[0].item()), ("item", lambda a: bool(a[0] > 0)), ("tolist", lambda a: a.tolist()), ("download", lambda a: a.cpu()),
+    ("nonzero", lambda a: a.nonzero()),
+    ("mask as index", lambda a: a[a > 1]), ("upload", lambda a: torch.ones(3).to(a.device)),
+    ("upload", lambda a: torch.tensor([1, 2], device=a.device)),
     ("repeat_interleave", lambda a: a.repeat_interleave(a.long())), ("synchronize", lambda a: torch.cuda.current_stream().synchronize()),
     ("upload of an index", lambda a: a[torch.tensor([1])])])
 def test_waits_are_counted(pretence, kind, wait):
@@ -85,7 +89,8 @@ def test_the_loss_waits_for_nothing(pretence, backend):
                "denominator": 7.0, "mismatch_mask": advantage > 0}
     logprob, entropy = draw().requires_grad_(), draw().requires_grad_()
     with pretence.since() as found:
-        for more in ({"dual_clip": 3.0}, {"variant": "cispo"}, {"ratio": "sequence", "aggregate": "sequence"}, {"aggregate": "constant", "max_length": 9, "clip_low": number}):
+        for more in ({"dual_clip": 3.0}, {"variant": "cispo"}, {"ratio": "sequence", "aggregate": "sequence"},
+                     {"aggregate": "constant", "max_length": 9, "clip_low": number}):
             loss, stats = grpo_loss(logprob, advantage, bounds, entropy=entropy, entropy_coef=0.1, backend=backend, **options | more)
             loss.backward()
             assert loss.is_cuda and stats.is_cuda and logprob.grad.is_cuda
@@ -100,7 +105,8 @@ def test_the_log_prob_head_waits_for_nothing(pretence, backend, known):
     target[2] = -100
     active, main_grad = torch.tensor([0, 4], device="cuda") if known else None, torch.zeros(40, 16, device="cuda")
     with pretence.since() as found:
-        logprob, entropy = linear_logprob(hidden, weight, target, bias=bias, temperature=0.7, entropy=True, vocab_size=38, active=active, main_grad=main_grad, backend=backend)
+        logprob, entropy = linear_logprob(hidden, weight, target, bias=bias, temperature=0.7, entropy=True, vocab_size=38, active=active,
+                                          main_grad=main_grad, backend=backend)
         (logprob.sum() + entropy.sum()).backward()
         logits_logprob(hidden @ weight.T, target, backend=backend)[0].sum().backward()
     assert logprob.is_cuda and hidden.grad.is_cuda and weight.grad.is_cuda and main_grad.any()

@@ -83,7 +83,8 @@ def same(found, expected, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("kind,share,loss,offload", [
-    ("qwen2_5_vl", True, "plain", True), ("qwen2_5_vl", False, "kl and entropy", False), ("qwen3_vl", True, "capped", False), ("internvl3", True, "plain", False),
+    ("qwen2_5_vl", True, "plain", True), ("qwen2_5_vl", False, "kl and entropy", False), ("qwen3_vl", True, "capped", False),
+    ("internvl3", True, "plain", False),
     pytest.param("qwen2_5_vl", True, "capped", False, marks=pytest.mark.slow), pytest.param("qwen3_vl", False, "plain", True, marks=pytest.mark.slow),
     pytest.param("internvl3", False, "kl and entropy", True, marks=pytest.mark.slow)])
 def test_rl_update(folders, tmp_path, kind, share, loss, offload):
@@ -97,7 +98,8 @@ def test_rl_update(folders, tmp_path, kind, share, loss, offload):
     same({n: t.double() for n, t in cuda.items()}, {n: t.double() for n, t in cpu.items()})
 
 
-@pytest.mark.parametrize("setting", [{}, {"policy": {"recompute": True}}, {"model": {"freeze_vision": True, "dtype": "float32"}, "policy": {"offload_reference": True}}],
+@pytest.mark.parametrize("setting", [{}, {"policy": {"recompute": True}},
+                                     {"model": {"freeze_vision": True, "dtype": "float32"}, "policy": {"offload_reference": True}}],
                          ids=["plain", "recompute", "frozen"])
 def test_other_settings(folders, tmp_path, setting):
     options = {"groups": tiny.groups(), "sft": not setting} | setting
@@ -117,7 +119,8 @@ def attention_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, window_siz
         n, m = a.stop - a.start, b.stop - b.start
         assert 0 < n <= max_q and 0 < m <= max_k
         seen = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
-        rows.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (query[a], key[b], value[b])), attn_mask=seen, enable_gqa=enable_gqa)[0])
+        parts = (x.transpose(0, 1)[None] for x in (query[a], key[b], value[b]))
+        rows.append(F.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=enable_gqa)[0])
     return torch.cat(rows, 1).transpose(0, 1)
 
 
@@ -146,7 +149,8 @@ def test_compare_hf(folders, kind):
 
 def test_host_syncs_of_an_update(folders, capsys):
     """Printed, line by line, to be read with -s; only what costs nothing is asserted: the step's loss and log-prob head make none."""
-    config = tiny.config(folders["qwen2_5_vl"], policy={"kernels": "reference"}, algorithm={"name": "trust_grpo", "kl_coef": 0.04}).model_copy(update={"device": "cuda"})
+    config = tiny.config(folders["qwen2_5_vl"], policy={"kernels": "reference"}, algorithm={"name": "trust_grpo", "kl_coef": 0.04})
+    config = config.model_copy(update={"device": "cuda"})
     with pretended_cuda() as pretence:
         policy = Policy.create(config, banned_ids=[1], reference=True, total_steps=5)
         try:

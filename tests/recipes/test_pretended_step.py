@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from sophiavl_fast import config as tree
 from sophiavl_fast.data.demo import generate, tiny_model
@@ -35,7 +34,8 @@ def demo(tmp_path_factory):
             responses = []
             for i, text in enumerate((f"<think>{prompt.process}</think><answer>{prompt.gold}</answer>", "<think>1</think><answer>1</answer>", "7")):
                 ids = [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], processor.stop_ids[0]]
-                responses.append(Response(token_ids=ids, logprobs=[-3.0] * len(ids), text=text, finish_reason="stop", seed=i, weight_versions=[step - 1] * len(ids)))
+                responses.append(Response(token_ids=ids, logprobs=[-3.0] * len(ids), text=text, finish_reason="stop", seed=i,
+                                          weight_versions=[step - 1] * len(ids)))
             lines.append(json.dumps({"id": prompt.id, "responses": [asdict(r) for r in responses]}) + "\n")
         (folder / f"replay/step_{step}-0.jsonl").write_text("".join(lines))
     loader.close()
@@ -45,7 +45,8 @@ def demo(tmp_path_factory):
 def rl_config(folder, out, device, *more):
     return tree.load(ROOT / "configs/demo.yaml", [
         f"data.registry={folder}/data/dataset_info.json", f"run.dir={out}", f"model.path={folder}/init", f"thinking.path={folder}/judge", f"device={device}",
-        "run.steps=2", "rollout.prompts_per_step=4", "rollout.n=3", "rollout.max_logprob_diff=null", "eval.every=0", "checkpoint.every=1", "algorithm.kl_coef=0.04",
+        "run.steps=2", "rollout.prompts_per_step=4", "rollout.n=3", "rollout.max_logprob_diff=null", "eval.every=0",
+        "checkpoint.every=1", "algorithm.kl_coef=0.04",
         f"debug.replay={folder}/replay", "monitor.tensorboard=false", "policy.kernels=reference", "optim.eps=1e-2", *more])
 
 
@@ -55,7 +56,8 @@ def metrics(out):
 
 
 @pytest.mark.parametrize("more", [["policy.offload_optimizer=true", "thinking.samples=3", "trust.mode=variance", "debug.compare_hf=true"],
-                                  pytest.param(["algorithm.epochs=2", "algorithm.mini_batches=2", "thinking.score=parse"], marks=pytest.mark.slow)], ids=["one update", "several"])
+                                  pytest.param(["algorithm.epochs=2", "algorithm.mini_batches=2", "thinking.score=parse"], marks=pytest.mark.slow)],
+                         ids=["one update", "several"])
 def test_trust_grpo(demo, tmp_path, more):
     rl.train(rl_config(demo, tmp_path / "cpu", "cpu", *more))
     with pretended_cuda():

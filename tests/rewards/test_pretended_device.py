@@ -21,7 +21,7 @@ def test_the_judge(tiny_judge, options):
     expected = verdicts("cpu")
     with pretended_cuda():
         found = verdicts("cuda")
-    for a, b in zip(sum(expected, []), sum(found, []), strict=True):
+    for a, b in zip((v for case in expected for v in case), (v for case in found for v in case), strict=True):
         assert b.values == pytest.approx(a.values, abs=1e-6, nan_ok=True) and a.reason == b.reason
 
 
@@ -30,8 +30,8 @@ def test_answers_by_transformers(tiny_judge):
     for i, images in enumerate(([picture(1)], [], [picture(2), picture(3)])):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "1+2?"}]
         _, _, expanded, _, pixels, grid = processor.prepare([{"role": "user", "content": content}], images)
-        prompts.append(Prompt(id=str(i), dataset="d", problem_type="numerical", question="", gold="", expanded_ids=expanded, pixel_values=pixels,
-                              image_grid_thw=grid))
+        prompts.append(Prompt(id=str(i), dataset="d", problem_type="numerical", question="", gold="", expanded_ids=expanded,
+                              pixel_values=pixels, image_grid_thw=grid))
 
     def answers():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,8 @@ def test_a_gpu_takes_triton(pretence):  # noqa: F811
 @pytest.mark.parametrize("known", [True, False])
 def test_bf16_as_an_h100_would(pretence, monkeypatch, few, known):  # noqa: F811
     """The plans of sm_90 with tensor descriptors; only the 16-bit product with an fp32 result, which CPUs lack, is written by hand."""
-    monkeypatch.setattr(triton_logprob, "_multiply", lambda a, b, out, *, add: out.copy_(torch.addmm(out, a.float(), b.float()) if add else a.float() @ b.float()))
+    product = lambda a, b, out, *, add: out.copy_(torch.addmm(out, a.float(), b.float()) if add else a.float() @ b.float())
+    monkeypatch.setattr(triton_logprob, "_multiply", product)
     monkeypatch.setattr(triton_logprob_plans, "FEW", few)
     rows, draw = 40, torch.Generator().manual_seed(0)
     made = [torch.randn(n, 16, generator=draw).bfloat16() for n in (rows, 64)]

@@ -31,7 +31,8 @@ def test_mixed_devices_are_caught(pretence, mistake):
 def test_what_is_legal_passes(pretence):
     there, here = torch.arange(4.0, device="cuda"), torch.arange(4.0)
     results = [there * torch.tensor(2.0), there[here.long()], there.clone().copy_(here), here.to(there), here.cuda(),
-               there.new_zeros(2), torch.zeros_like(there), torch.tensor([1.0], device="cuda"), there[:2].view(2, 1), torch.full((2,), 1.0, device=there.device), here.to("cuda", torch.float64)]
+               there.new_zeros(2), torch.zeros_like(there), torch.tensor([1.0], device="cuda"), there[:2].view(2, 1),
+               torch.full((2,), 1.0, device=there.device), here.to("cuda", torch.float64)]
     assert all(r.device == torch.device("cuda", 0) and r.is_cuda for r in results)
     back = [there.cpu(), there.to("cpu", copy=True), here.clone().copy_(there), torch.empty_like(there, device="cpu"), there.new_zeros(2, device="cpu")]
     assert all(r.device.type == "cpu" and not r.is_cuda for r in back) and type(there) is torch.Tensor

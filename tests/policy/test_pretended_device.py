@@ -98,9 +98,9 @@ def test_rl_update(folders, tmp_path, kind, share, loss, offload):
     same({n: t.double() for n, t in cuda.items()}, {n: t.double() for n, t in cpu.items()})
 
 
-@pytest.mark.parametrize("setting", [{}, {"policy": {"recompute": True}},
-                                     {"model": {"freeze_vision": True, "dtype": "float32"}, "policy": {"offload_reference": True}}],
-                         ids=["plain", "recompute", "frozen"])
+@pytest.mark.parametrize("setting", [
+    pytest.param({}, id="fine-tuning"), pytest.param({"policy": {"recompute": True}}, marks=pytest.mark.slow, id="recompute"),
+    pytest.param({"model": {"freeze_vision": True, "dtype": "float32"}, "policy": {"offload_reference": True}}, marks=pytest.mark.slow, id="frozen")])
 def test_other_settings(folders, tmp_path, setting):
     options = {"groups": tiny.groups(), "sft": not setting} | setting
     expected = a_run(folders["qwen2_5_vl"], "cpu", tmp_path / "cpu", **options)
@@ -127,7 +127,7 @@ def attention_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, window_siz
 def test_bf16_takes_flash_attention(folders, tmp_path, monkeypatch):
     """bf16 goes another way on a GPU: variable-length attention instead of padded buckets, and fp32 main weights beside the model's."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention_by_hand)
-    options = {"groups": tiny.groups(), "model": {"dtype": "bfloat16"}, "offload": True}
+    options = {"groups": tiny.groups()[1:], "model": {"dtype": "bfloat16"}, "offload": True}
     expected = a_run(folders["qwen2_5_vl"], "cpu", tmp_path / "cpu", **options)
     with pretended_cuda():
         found = a_run(folders["qwen2_5_vl"], "cuda", tmp_path / "cuda", **options)

@@ -18,9 +18,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,7 +31,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests import pretend_torch_cuda
+
 ROOT = Path(__file__).resolve().parent.parent
+HARNESS = {__file__, pretend_torch_cuda.__file__}
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 NEW = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 # Their results' sizes, or their values, are needed on the host before it can go on.
@@ -81,7 +83,7 @@ class Pretence:
         frame: Any = sys._getframe(1)
         while frame is not None and ours is None:
             file = frame.f_code.co_filename
-            if file != __file__ and "/torch/" not in file and not file.startswith("<"):
+            if file not in HARNESS and "/torch/" not in file and not file.startswith("<"):
                 line = f"{_short(file)}:{frame.f_lineno}"
                 asked = asked or line
                 ours = line if file.startswith(str(ROOT)) or "/sophiavl_fast/" in file else None
@@ -269,41 +271,12 @@ class _Watch(TorchDispatchMode):
         return self.pretence.run(self, func, args, kwargs or {})
 
 
-class _Stub:
-    """A stream or an event: every method does nothing; `synchronize` counts."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device, self.cuda_stream = CUDA, 0
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: torch.cuda.synchronize() if name == "synchronize" else None
-
-
-def cuda_patches(pretence: Pretence) -> dict[str, Any]:
-    """Attributes of torch.cuda."""
-    generator = torch.Generator().manual_seed(0)
-    nothing = lambda *args, **kwargs: None
-    properties = SimpleNamespace(name="pretended", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0, uuid="0", warp_size=32)
-    numbers = dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), lambda *args: 0)
-    return numbers | dict.fromkeys(("set_device", "init", "_lazy_init", "empty_cache", "ipc_collect", "reset_peak_memory_stats", "seed"), nothing) | {
-        "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-        "_exchange_device": lambda index: 0, "_maybe_exchange_device": lambda index: 0, "default_generators": (generator,),
-        "get_device_capability": lambda device=None: (9, 0), "get_device_properties": lambda device=None: properties,
-        "get_device_name": lambda device=None: properties.name, "mem_get_info": lambda device=None: (80 << 30, 80 << 30), "memory_stats": lambda *args: {},
-        "is_bf16_supported": lambda *args: True, "is_current_stream_capturing": lambda: False,
-        "Stream": _Stub, "Event": _Stub, "current_stream": _Stub, "default_stream": _Stub, "stream": lambda stream: nullcontext(),
-        "synchronize": lambda *args: pretence.sync("synchronize"), "get_rng_state": lambda device=None: generator.get_state(),
-        "set_rng_state": lambda state, device=None: generator.set_state(state) and None,
-        "manual_seed": lambda seed: generator.manual_seed(int(seed)) and None, "manual_seed_all": lambda seed: generator.manual_seed(int(seed)) and None,
-    }
-
-
 @contextmanager
 def pretended_cuda() -> Iterator[Pretence]:
     """Within the block torch has one CUDA device. Threads started there see it too; process groups run over gloo."""
     pretence = Pretence()
     constructors = torch.utils._device._device_constructors()  # caches the original factories; must not see the wrapped ones
-    cuda, start, run = cuda_patches(pretence), dist.init_process_group, threading.Thread.run
+    cuda, start, run = pretend_torch_cuda.torch_cuda(pretence.sync), dist.init_process_group, threading.Thread.run
 
     def over_gloo(backend: str | None = None, **kwargs: Any) -> None:
         start("gloo" if backend and "nccl" in backend else backend, **kwargs)

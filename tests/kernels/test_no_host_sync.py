@@ -4,8 +4,8 @@ import os
 import numpy as np
 import pytest
 import torch
-
 from sophiavl_fast.kernels import grpo_loss, linear_logprob, logits_logprob, trust_advantage
+
 from tests.pretend_cuda import pretended_cuda
 
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference"]

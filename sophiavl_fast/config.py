@@ -385,12 +385,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"config file '{path}' does not exist{nearest(str(path), [str(p) for p in path.parent.glob('*.yaml')])}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with a null byte, text that is not UTF-8
         raise UserError(f"config file '{path}' cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
@@ -398,7 +398,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"config file '{path}' must hold a mapping, not {type(tree).__name__}")
     tree = tree or {}
     base = tree.pop("base", None)
-    return _merge(_read(path.parent / base), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str) or "\0" in base:
+        raise UserError(f"config file '{path}': base = {base!r}, expected the name of a file beside it")
+    found = (path.parent / base).resolve()
+    if found in (above := (*above, path.resolve())):
+        raise UserError(f"config file '{path}': base = '{base}' leads back to itself")
+    return _merge(_read(path.parent / base, above), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -428,6 +435,8 @@ def _refuse_unknown(tree: dict[str, Any], node: type[BaseModel], prefix: str, wh
             if not isinstance(value, dict):
                 raise UserError(f"{where}: '{prefix}{key}' is a section; set one of {', '.join(inner.model_fields)}")
             _refuse_unknown(value, inner, f"{prefix}{key}.", where)
+        elif isinstance(value, bool) and {int, float} & {inner, *get_args(inner)} and bool not in (inner, *get_args(inner)):
+            raise UserError(f"{where}: {prefix}{key} = {str(value).lower()}: expected a number")
         elif value is False and "off" in get_args(inner):
             tree[key] = "off"  # YAML reads an unquoted off as false
 

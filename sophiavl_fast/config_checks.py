@@ -4,23 +4,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sophiavl_fast import config_ranges
 from sophiavl_fast.errors import UserError, nearest
 
 
 def check(config: Any, world_size: int = 1) -> None:
     """Everything that can be refused before a model loads. Raises UserError."""
     c, p = config, config.parallel
-    for key in ("run.steps", "rollout.n", "rollout.prompts_per_step", "rollout.max_new_tokens", "parallel.tensor", "parallel.pipeline",
-                "parallel.context", "algorithm.mini_batches", "algorithm.epochs", "policy.tokens_per_row", "sft.batch_size", "data.workers", "rewards.workers",
-                "rollout.engines"):
-        if _get(c, key) < 1:
-            raise UserError(f"{key} = {_get(c, key)}: must be at least 1")
-    for key in ("rollout.temperature", "optim.lr", "rollout.start_timeout_s", "rollout.request_timeout_s", "rollout.transfer_timeout_s", "trust.alpha"):
-        if not (_get(c, key) > 0 or (key == "trust.alpha" and c.trust.alpha == 0)):
-            raise UserError(f"{key} = {_get(c, key)}: must be greater than 0")
-    for key in ("thinking.quorum", "thinking.gpu_memory", "memory.fraction"):
-        if not 0 < _get(c, key) <= 1:
-            raise UserError(f"{key} = {_get(c, key)}: must lie in (0, 1]")
+    config_ranges.check(c.model_dump())
+    if c.model.min_pixels is not None and c.model.max_pixels is not None and c.model.min_pixels > c.model.max_pixels:
+        raise UserError(f"model.min_pixels = {c.model.min_pixels} is more than model.max_pixels = {c.model.max_pixels}")
     model_parallel = p.tensor * p.pipeline * p.context
     if world_size % model_parallel:
         raise UserError(f"parallel.tensor x pipeline x context = {model_parallel} does not divide the {world_size} processes that torchrun started")
@@ -64,24 +57,14 @@ def _check_rl(c: Any, replicas: int, world_size: int) -> None:
     elif c.rollout.transfer == "inproc":
         raise UserError("rollout.transfer = inproc needs rollout.engine: inline")
     _check_engines(c.rollout, replicas)
-    if c.rollout.staleness < 0:
-        raise UserError(f"rollout.staleness = {c.rollout.staleness}: must be at least 0")
     if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
         holder = "debug.replay starts no engine" if c.debug.replay else "rollout.engine: inline shares the trainer's process"
         raise UserError(f"rollout.staleness = {c.rollout.staleness}, but {holder}; sampling ahead needs rollout.engine: server")
     _check_sampling(c)
     if c.algorithm.sigma_filter is not None and c.algorithm.normalize != "batch":
         raise UserError("algorithm.sigma_filter needs algorithm.normalize: batch")
-    for key in ("kl_coef", "clip_low", "clip_high", "entropy_coef"):
-        if getattr(c.algorithm, key) < 0:
-            raise UserError(f"algorithm.{key} = {getattr(c.algorithm, key)}: must be at least 0")
-    for key, low in (("dual_clip", 1), ("pre_clip", 0), ("tis_cap", 0), ("mismatch_cap", 1), ("sigma_filter", 0)):
-        if (value := getattr(c.algorithm, key)) is not None and value <= low:
-            raise UserError(f"algorithm.{key} = {value}: must be greater than {low}, or null")
     if c.algorithm.dual_clip is not None and c.algorithm.variant != "ppo":
         raise UserError(f"algorithm.dual_clip = {c.algorithm.dual_clip} needs algorithm.variant: ppo")
-    if c.trust.anneal_steps is not None and c.trust.anneal_steps <= 0:
-        raise UserError(f"trust.anneal_steps = {c.trust.anneal_steps}: must be greater than 0, or null for run.steps")
     if c.thinking.backend == "local" and not c.thinking.path:
         raise UserError("thinking.backend: local needs thinking.path, the folder of the thinking reward model")
     _check_served_judge(c)
@@ -127,8 +110,6 @@ def refuse_no_model(path: str | Path, what: str = "") -> None:
 
 
 def _check_engines(r: Any, replicas: int) -> None:
-    if r.max_restarts < 0:
-        raise UserError(f"rollout.max_restarts = {r.max_restarts}: must be at least 0")
     if r.urls and (r.engines > 1 or r.gpus):
         raise UserError("rollout.urls names servers that run already: rollout.engines and rollout.gpus have nothing to act on")
     needed = r.engines * r.tensor_parallel * replicas
@@ -146,8 +127,6 @@ def _check_engines(r: Any, replicas: int) -> None:
 def _check_sampling(c: Any) -> None:
     """Dynamic sampling and the overlong penalty."""
     r, longest = c.rollout, c.rollout.max_new_tokens if c.rewards.overlong_max is None else c.rewards.overlong_max
-    if r.resample < 0:
-        raise UserError(f"rollout.resample = {r.resample}: must be at least 0")
     if r.resample and r.staleness:
         raise UserError(f"rollout.resample = {r.resample} needs rollout.staleness: 0 (it is {r.staleness}): a step that is sampled ahead is not yet scored")
     if r.resample and (c.debug.record or c.debug.replay):
@@ -158,10 +137,3 @@ def _check_sampling(c: Any) -> None:
     if not 0 <= c.rewards.overlong_cache <= longest or longest > r.max_new_tokens:
         raise UserError(f"rewards.overlong_cache = {c.rewards.overlong_cache}, rewards.overlong_max = {longest}: "
                         f"expected 0 <= cache <= max <= rollout.max_new_tokens ({r.max_new_tokens})")
-
-
-def _get(config: Any, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node

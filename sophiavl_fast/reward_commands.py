@@ -53,7 +53,7 @@ def _asking_options(parser: argparse.ArgumentParser, *, score: str) -> None:
     parser.add_argument("--include-answer", action="store_true", help="show the judge the answer too")
     parser.add_argument("--concurrency", type=_positive, default=32)
     parser.add_argument("--timeout", type=_seconds, default=60.0, help="seconds of one call")
-    parser.add_argument("--retries", type=int, default=4, help="further tries of a call that failed")
+    parser.add_argument("--retries", type=_count, default=4, help="further tries of a call that failed")
     parser.add_argument("--samples", type=_positive, default=1, help="scores a trace and judge; their spread is kept")
     parser.add_argument("--cache", default="", help="file that keeps scores by content over runs")
     parser.add_argument("--max-calls", type=_positive, default=None, help="stop before more calls than this")
@@ -75,11 +75,11 @@ def _balance_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write: records, registry, histogram, data card")
     parser.add_argument("--images", default="", help="base folder of image paths (default: the input's folder)")
     parser.add_argument("--template", default="thinking_reward", help="judge prompt that the model is trained and served with")
-    parser.add_argument("--minimum", type=int, default=0, help="refuse where an interval holds fewer")
+    parser.add_argument("--minimum", type=_count, default=0, help="refuse where an interval holds fewer")
     parser.add_argument("--maximum", type=_positive, default=None, help="at most this many an interval (default: three times the smallest, see docs)")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the traces kept apart, by picture")
     parser.add_argument("--skip-rule", action="append", default=[], choices=sorted(RULES), metavar="RULE", help=f"rule not to apply: {', '.join(RULES)}")
-    parser.add_argument("--max-spread", type=float, default=0.25, help="largest spread between judges or samples")
+    parser.add_argument("--max-spread", type=_share, default=0.25, help="largest spread between judges or samples")
     parser.add_argument("--max-chars", type=_positive, default=16000, help="longest reasoning")
     parser.add_argument("--include-answer", action="store_true", help="the judge sees the answer too")
     parser.add_argument("--rationale", action="store_true", help="train on the judge's kept reply (annotate --keep-replies) before its score")
@@ -91,7 +91,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="JSON result; a calibration picture is written beside it")
     parser.add_argument("--layout", choices=("scores", "vl-rewardbench"), default="scores",
                         help="scores: lines with a label `score`; vl-rewardbench: pairs of responses, asked in both orders")
-    parser.add_argument("--threshold", type=float, default=0.8, help="labels below it are flawed, the others sound")
+    parser.add_argument("--threshold", type=_share, default=0.8, help="labels below it are flawed, the others sound")
     parser.add_argument("--pairs", choices=("auto", "compare", "score"), default="auto",
                         help="compare: both responses in one prompt; score: each alone; auto: compare where the judge can")
 
@@ -134,7 +134,7 @@ def _serve(a: argparse.Namespace) -> int:
 
     how = Serving(port=a.port, host=a.host, name=a.name, dtype=a.dtype, tensor_parallel=a.tensor_parallel, max_model_len=a.max_model_len,
                   max_num_seqs=a.max_num_seqs, gpu_memory=a.gpu_memory)
-    return serve(Path(a.model), how, template=a.template, device=a.device, log=a.log, timeout_s=a.timeout)
+    return int(_in_command_words(lambda: serve(Path(a.model), how, template=a.template, device=a.device, log=a.log, timeout_s=a.timeout)))
 
 
 def _evaluate(a: argparse.Namespace) -> int:
@@ -191,6 +191,18 @@ def _positive(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be greater than 0")
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be greater than 0, and finite")
+    return value
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must lie in (0, 1]")
     return value

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sophiavl_fast import config
+from sophiavl_fast import config, config_ranges
 from sophiavl_fast.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -75,11 +75,41 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     ("model: {path: m}", [], "data.train is empty"),
     ("- 1", [], "must hold a mapping"),
     ("a: [", [], "is not YAML"),
+    ("base: 5", [], "base = 5, expected the name of a file beside it"),
+    ("base: [a.yaml]", [], "base = ['a.yaml'], expected the name"),
+    ("base: c.yaml", [], "base = 'c.yaml' leads back to itself"),
+    ('base: "a\\0b"', [], "expected the name of a file beside it"),
+    (GOOD, ["run.steps=true"], "run.steps = true: expected a number"),
+    (GOOD, ["optim.lr=.nan"], "optim.lr = nan: must be a finite number"),
+    (GOOD, ["trust.alpha=.inf"], "trust.alpha = inf: must be a finite number"),
+    (GOOD, ["rollout.max_logprob_diff=.nan"], "rollout.max_logprob_diff = nan: must be a finite number"),
+    (GOOD, ["thinking.samples=0"], "thinking.samples = 0: must be at least 1"),
+    (GOOD, ["eval.limit=-1"], "eval.limit = -1: must be at least 1"),
+    (GOOD, ["optim.beta1=1"], "optim.beta1 = 1.0: must lie in [0, 1)"),
+    (GOOD, ["run.seed=-1"], "run.seed = -1: must lie in [0, 2^32)"),
+    (GOOD, ["rollout.port=99999"], "rollout.port = 99999: must lie in [0, 65535]"),
+    (GOOD, ["rollout.gpu_memory_utilization=5"], "rollout.gpu_memory_utilization = 5.0: must lie in (0, 1]"),
+    (GOOD, ["algorithm.dual_clip=1"], "algorithm.dual_clip = 1.0: must be greater than 1"),
+    (GOOD, ["model.min_pixels=9", "model.max_pixels=8"], "model.min_pixels = 9 is more than model.max_pixels = 8"),
 ])
 def test_bad_input_is_one_line(tmp_path, text, overrides, expected):
     with pytest.raises(UserError) as error:
         config.load(write(tmp_path, text), overrides, environ={})
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_range_is_of_a_number_that_exists():
+    tree = config.Config().model_dump()
+    for _, keys in config_ranges.RANGES.values():
+        for key in keys.split():
+            node = tree
+            for part in key.split("."):
+                assert part in node, key
+                node = node[part]
+            assert node is None or (isinstance(node, int | float) and not isinstance(node, bool)), key
+    every = [key for _, keys in config_ranges.RANGES.values() for key in keys.split()]
+    free = {key for key, _ in config_ranges._numbers(tree, "")} - set(every)
+    assert len(every) == len(set(every)) and free <= {"trust.threshold", "rewards.overlong_cache"}, "a number without a range: name it in one, or here"
 
 
 def test_missing_file_names_a_neighbour(tmp_path):

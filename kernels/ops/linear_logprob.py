@@ -1,6 +1,8 @@
 """Log-prob (and entropy) of target tokens straight from hidden states and the output projection."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -48,6 +50,7 @@ def linear_logprob(
     """
     expect_tensor("hidden", hidden, ("T", "H"), FLOATS, hidden.device)
     device, (rows, width) = hidden.device, hidden.shape
+    expect(width > 0, "hidden", f"a tensor of shape {list(hidden.shape)}", "H of at least 1")
     expect_tensor("weight", weight, ("V/tp", width), (hidden.dtype,), device)
     expect_tensor("target", target, (rows,), INTEGERS, device)
     if bias is not None:
@@ -61,7 +64,8 @@ def linear_logprob(
     shard = Shard.of(weight.shape[0], vocab_size, group)
     check_common(temperature, target, shard, chunk, debug)
     if active is not None and active.numel() and reads_contents(active, debug):
-        expect(active.min().item() >= 0 and active.max().item() < rows, "active", active.tolist(), f"rows in [0, {rows})")
+        once = len(active.unique()) == len(active)
+        expect(active.min().item() >= 0 and active.max().item() < rows and once, "active", active.tolist(), f"rows in [0, {rows}), each once")
     return logprob(hidden, weight, bias, target, shard, temperature=temperature, entropy=entropy, active=active, main_grad=main_grad,
                    chunk=chunk, backend=backend)
 
@@ -71,8 +75,10 @@ def check_common(temperature: float | Tensor, target: Tensor, shard: Shard, chun
     if isinstance(temperature, Tensor):
         expect(temperature.dim() == 0, "temperature", f"a tensor of shape {list(temperature.shape)}", "a float or a 0-d tensor")
         expect(temperature.device == target.device, "temperature", f"a tensor on {temperature.device}", f"device {target.device}")
+    else:
+        expect(isinstance(temperature, float | int), "temperature", temperature, "a float or a 0-d tensor")
     if not isinstance(temperature, Tensor) or reads_contents(temperature, debug):
-        expect(float(temperature) > 0, "temperature", float(temperature), "a value above 0")
+        expect(0 < float(temperature) < math.inf, "temperature", float(temperature), "a finite value above 0")
     expect(chunk >= 1, "chunk", chunk, "at least 1")
     if target.numel() and reads_contents(target, debug):
         wrong = target[((target < 0) | (target >= shard.vocab_size)) & (target != IGNORE)]

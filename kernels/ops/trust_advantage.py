@@ -1,12 +1,13 @@
 """The statistics of Trust-GRPO: trust weight, reward and advantage of every response, over ragged groups."""
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import INTEGERS, expect, expect_boundaries, expect_choice, expect_tensor, reads_contents
+from .checks import FLOATS, INTEGERS, expect, expect_boundaries, expect_choice, expect_tensor, reads_contents
 from .dispatch import load, resolve
 
 
@@ -61,6 +62,7 @@ def trust_advantage(
     """
     expect_tensor("outcome", outcome, ("B",), (torch.float32, torch.float64), outcome.device)
     rows, device = len(outcome), outcome.device
+    expect(isinstance(thinking, Tensor), "thinking", type(thinking).__name__, "a tensor")
     kinds = (torch.float32, outcome.dtype)
     expect_tensor("thinking", thinking, (rows,) if thinking.dim() == 1 else (rows, "K"), kinds, device)
     expect_tensor("cu_groups", cu_groups, ("G+1",), INTEGERS, device)
@@ -73,8 +75,16 @@ def trust_advantage(
     expect(0 < quorum <= 1, "quorum", quorum, "a share in (0, 1]")
     expect(eps >= 0, "eps", eps, "a value of at least 0")
     expect(sigma_filter is None or normalize == "batch", "sigma_filter", sigma_filter, f"None with normalize={normalize!r}")
+    coefficients = {"alpha": alpha, "anneal": anneal, "threshold": threshold} | ({} if sigma_filter is None else {"sigma_filter": sigma_filter})
+    for name, value in coefficients.items():
+        if isinstance(value, Tensor):
+            expect_tensor(name, value, (), FLOATS, device)
     if reads_contents(outcome, debug):
+        for name, value in coefficients.items():
+            expect(isinstance(value, Tensor | float | int) and math.isfinite(value), name, value, "a finite number or a 0-d tensor of one")
+        expect(sigma_filter is None or float(sigma_filter) > 0, "sigma_filter", sigma_filter, "a value above 0, or None")
         expect_boundaries("cu_groups", cu_groups, rows)
+        expect(not bool(thinking.isinf().any()), "thinking", thinking.tolist(), "scores in [0, 1], or NaN")
         expect(bool(outcome.isfinite().all()), "outcome", outcome.tolist(), "finite values")
     values = (alpha, anneal, threshold, sigma_filter)
     kinds = "".join("-" if v is None else "t" if isinstance(v, Tensor) else "n" for v in values)

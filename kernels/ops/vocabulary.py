@@ -35,7 +35,7 @@ class Shard:
         """This rank's shard of `rows` rows, equal on all ranks. Raises ValueError where the shards do not cover `vocab_size`."""
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         size = rows * ranks if vocab_size is None else vocab_size
-        expect(0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
+        expect(isinstance(size, int) and 0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
         return cls(rank * rows, min(max(size - rank * rows, 0), rows), size, group)
 
     def locate(self, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,11 @@ class Dataset:
 
     def __init__(self, entry: Entry, *, template: str = "sophia") -> None:
         self.entry, self.name = entry, entry.name
+        if entry.problem_type:
+            try:
+                problem_type(entry.problem_type)
+            except UserError as error:
+                raise UserError(f"registry '{entry.registry}', dataset '{entry.name}': {error}") from None
         self.template = templates.load(entry.template or template)
         self._rows = open_rows(entry.file_path, entry.split)
         self._repeats = self._repeated_ids()
@@ -173,5 +178,10 @@ def _text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, (str, int, float)):
-        return str(value)
+        text = str(value)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"'{column}' holds half a surrogate pair: no encoding can write it") from None
+        return text
     raise UserError(f"'{column}' must be text, not {type(value).__name__}")

@@ -58,6 +58,8 @@ def _reference(item: Any, base: Path, label: str) -> ImageRef:
         return ImageRef(f"{label} ({len(item)} bytes)", data=bytes(item))
     if not isinstance(item, str) or not item:
         raise UserError(f"{label}: expected a path or {{bytes | path}}, not {type(item).__name__}")
+    if "\0" in item:
+        raise UserError(f"{label}: a path holds no null character ({item[:80]!r})")
     if "://" in item or item.startswith("data:"):
         raise UserError(f"image '{item[:80]}' is a URL; images are read from disk only: download it and name the file")
     root, path = os.path.realpath(base), os.path.realpath(os.path.join(base, item))

@@ -63,7 +63,7 @@ class JsonlRows:
         first, after = self._offsets[index], self._offsets[index + 1]
         try:
             return _object(json.loads(os.pread(self._file, after - first, first)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"not JSON: {error}") from None
 
     def where(self, index: int) -> str:
@@ -83,7 +83,7 @@ class JsonRows:
         self.path = path
         try:
             rows = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             hint = "; name it .jsonl if it holds one object a line" if "Extra data" in str(error) else ""
             raise UserError(f"data file '{path}' is not JSON: {error}{hint}") from None
         if not isinstance(rows, list):

@@ -6,6 +6,7 @@ whose training rewards are partial.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -49,17 +50,16 @@ def judge(groups: list[Group], rewards: RewardsConfig) -> list[Judgement]:
 
 
 def metrics(judged: Iterable[Judgement]) -> dict[str, float]:
-    """eval/accuracy and eval/reasoning, each also as eval/<what>/<problem type>; reasoning only over records with a rule."""
+    """eval/accuracy and eval/reasoning, each also as eval/<what>/<problem type>; reasoning only over records with a rule (NaN where none has one)."""
     judged = list(judged)
     if not judged:
         return {}
     out = {"eval/count": len(judged), "eval/truncated": _mean(j.truncated for j in judged), "eval/length_mean": _mean(j.tokens for j in judged)}
     for what, value in (("accuracy", lambda j: j.right), ("reasoning", lambda j: j.sound)):
         rows = [j for j in judged if value(j) is not None]
-        if rows:
-            out[f"eval/{what}"] = _mean(value(j) for j in rows)
-            for kind in sorted({j.problem_type for j in rows}):
-                out[f"eval/{what}/{kind}"] = _mean(value(j) for j in rows if j.problem_type == kind)
+        out[f"eval/{what}"] = _mean(value(j) for j in rows) if rows else math.nan
+        for kind in sorted({j.problem_type for j in rows}):
+            out[f"eval/{what}/{kind}"] = _mean(value(j) for j in rows if j.problem_type == kind)
     return out
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from contextlib import ExitStack
@@ -36,7 +37,8 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
             groups = answer(config, processor, prompts)
         judged = accuracy.judge(groups, config.rewards)
     found = accuracy.metrics(judged)
-    _write(out, {"model": model, "data": data, "engine": engine, **found, "answers": [asdict(j) for j in judged]})
+    written = {key: None if math.isnan(value) else value for key, value in found.items()}
+    _write(out, {"model": model, "data": data, "engine": engine, **written, "answers": [asdict(j) for j in judged]})
     summary.print_eval(found)
     return 0
 

@@ -140,8 +140,9 @@ class Progress:
 
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
         parts = [f"step {step}/{self._total}"]
-        parts += [f"{label} {compact(metrics[key])}" for key, label in SHOWN if metrics.get(key) is not None]
-        parts += [f"{label} {compact(metrics[key])} tokens/s" for key, label in RATES if metrics.get(key) is not None]
+        known = {key: value for key, value in metrics.items() if value is not None and value == value}   # NaN: nothing to show
+        parts += [f"{label} {compact(metrics[key])}" for key, label in SHOWN if key in known]
+        parts += [f"{label} {compact(metrics[key])} tokens/s" for key, label in RATES if key in known]
         if self._last_seconds:
             parts.append(_breakdown(self._last_seconds))
         if (left := self._left()) is not None and step < self._total:

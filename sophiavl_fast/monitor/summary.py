@@ -1,6 +1,7 @@
 """The table at the end of a run: accuracy before and after, by problem type."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ def print_table(run_dir: str | Path, console: Console | None = None) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for what in ("accuracy", "reasoning"):
         keys = [f"eval/{what}", *sorted(k for k in last if k.startswith(f"eval/{what}/"))]
-        for key in (k for k in keys if k in last and k in first):
+        for key in (k for k in keys if last.get(k) is not None and first.get(k) is not None):
             name = what if key == f"eval/{what}" else f"  {key.rsplit('/', 1)[1]}"
             table.add_row(name, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{100 * (last[key] - first[key]):+.1f}", style="bold" if name == what else "")
     (console or Console()).print(table)
@@ -36,6 +37,6 @@ def print_eval(metrics: dict[str, float], console: Console | None = None) -> Non
     table = Table(title=f"greedy answers on {int(metrics.get('eval/count', 0))} questions")
     table.add_column("")
     table.add_column("value", justify="right")
-    for key in sorted(metrics):
+    for key in sorted(key for key, value in metrics.items() if not math.isnan(value)):
         table.add_row(key.removeprefix("eval/"), f"{metrics[key]:.4g}")
     (console or Console()).print(table)

@@ -41,6 +41,7 @@ def train(config: Config) -> int:
     """Run the recipe to run.steps; returns the exit code. Goes on from the newest checkpoint unless run.resume says never."""
     run_dir = Path(config.run.dir)
     found = setup.resume_point(config)
+    setup.refuse_missing_judge(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase

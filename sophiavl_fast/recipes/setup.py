@@ -10,8 +10,10 @@ import torch
 from sophiavl_fast import config as tree
 from sophiavl_fast import types
 from sophiavl_fast.config import Config
+from sophiavl_fast.config_checks import refuse_no_model
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
+from sophiavl_fast.rewards.thinking import template
 
 
 def is_first_rank() -> bool:
@@ -28,6 +30,12 @@ def write_config(run_dir: Path, config: Config) -> None:
 def resume_point(config: Config) -> Path | None:
     """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured."""
     run_dir, wish = Path(config.run.dir), config.run.resume
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir = '{run_dir}' cannot be made: {error.strerror}") from None
+    if not os.access(run_dir, os.W_OK):
+        raise UserError(f"run.dir = '{run_dir}': nothing can be written there")
     if wish == "never":
         if (run_dir / "metrics.jsonl").exists():
             raise UserError(f"run.dir '{run_dir}' holds a run already; use run.resume=auto to go on or another run.dir")
@@ -37,6 +45,15 @@ def resume_point(config: Config) -> Path | None:
     if not Path(wish).is_dir():
         raise UserError(f"run.resume = '{wish}' is neither auto, never nor a checkpoint folder")
     return Path(wish)
+
+
+def refuse_missing_judge(config: Config) -> None:
+    """UserError for a judge's folder or template that is not there, before anything is loaded."""
+    if config.thinking.backend == "off" or config.algorithm.name == "grpo":
+        return
+    if config.thinking.backend == "local":
+        refuse_no_model(config.thinking.path, "thinking.path")
+    template.load(config.thinking.template)
 
 
 def updates(config: Config) -> int:

@@ -103,6 +103,9 @@ BAD = {
     "does not exist": {"path": "none.png"},
     "leaves its base folder": {"path": "../../etc/passwd"},
     "is a URL": {"path": "https://x.org/a.png"},
+    "image 1: a path holds no null character": {"path": "a\0b.png"},
+    "'problem' holds half a surrogate pair": {"problem": "what? \ud800"},
+    "'solution' holds half a surrogate pair": {"solution": "\udc00"},
     "is corrupt": {"path": "broken.png"},
     "problem_id 1 is that of": {"problem_id": 1},
     "more than data.max_prompt_tokens = 300": {"problem": "x" * 300},
@@ -131,6 +134,24 @@ def test_jsonl_lines_are_counted_with_blank_and_broken_ones(store):
         dataset.example(1)
     with pytest.raises(BadRecord, match=r"set.jsonl:4: expected a record, not list"):
         dataset.example(2)
+
+
+def test_nesting_without_end_is_a_bad_line(store):
+    deep = "[" * 100_000
+    store.add("lines", [json.dumps(record(1)) + "\n", deep + "\n"])
+    with pytest.raises(BadRecord, match=r"lines.jsonl:2: not JSON"):
+        opened(store, "lines").example(1)
+    (store.folder / "deep.json").write_text(deep)
+    store.add("deep", [], "json", file_path="deep.json")
+    (store.folder / "deep.json").write_text(deep)
+    with pytest.raises(UserError, match=r"deep.json' is not JSON"):
+        opened(store, "deep")
+
+
+def test_a_registry_entry_with_an_unknown_type_is_named(store):
+    store.add("set", [record(1)], problem_type="numeric")
+    with pytest.raises(UserError, match=r"registry '.*dataset_info.json', dataset 'set': unknown problem_type 'numeric'; did you mean 'numerical'"):
+        opened(store, "set")
 
 
 def test_repeated_ids_name_both_places(store):

@@ -12,6 +12,7 @@ OUTCOME, GROUPS = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 3])
 LINEAR = [
     ({"hidden": torch.randn(4)}, r"hidden = a tensor of shape \[4\]: expected shape \[T, H\]"),
     ({"hidden": torch.zeros(4, 3, dtype=torch.int64)}, "hidden = torch.int64"),
+    ({"hidden": torch.randn(4, 0), "weight": torch.randn(7, 0)}, r"hidden = a tensor of shape \[4, 0\]: expected H of at least 1"),
     ({"weight": torch.randn(7, 2)}, r"weight = a tensor of shape \[7, 2\]: expected shape \[V/tp, 3\]"),
     ({"weight": WEIGHT.bfloat16()}, "weight = torch.bfloat16: expected torch.float32"),
     ({"target": torch.zeros(4)}, "target = torch.float32"),
@@ -23,7 +24,11 @@ LINEAR = [
     ({"bias": torch.zeros(6)}, "bias = a tensor of shape"),
     ({"main_grad": torch.zeros(7, 3, dtype=torch.bfloat16)}, "main_grad = torch.bfloat16"),
     ({"active": torch.tensor([4])}, r"active = \[4\]: expected rows in \[0, 4\)"),
-    ({"temperature": 0.0}, "temperature = 0.0: expected a value above 0"),
+    ({"active": torch.tensor([1, 2, 1])}, r"active = \[1, 2, 1\]: expected rows in \[0, 4\), each once"),
+    ({"vocab_size": 4.0}, "vocab_size = 4.0: expected 1 to 7"),
+    ({"temperature": 0.0}, "temperature = 0.0: expected a finite value above 0"),
+    ({"temperature": float("inf")}, "temperature = inf"),
+    ({"temperature": None}, "temperature = None: expected a float or a 0-d tensor"),
     ({"temperature": torch.ones(2)}, "temperature = a tensor of shape"),
     ({"chunk": 0}, "chunk = 0"),
     ({"target": TARGET.to("meta")}, "target = a tensor on meta: expected device cpu"),
@@ -50,6 +55,9 @@ GRPO = [
     ({"tis_cap": 2.0}, "rollout_logprob = None"),
     ({"denominator": 0}, "denominator = 0"),
     ({"clip_low": -0.1}, "clip_low = -0.1"),
+    ({"clip_low": None}, "clip_low = None: expected a float or a 0-d tensor"),
+    ({"kl_coef": "0.1"}, "kl_coef = '0.1'"),
+    ({"denominator": "x"}, "denominator = 'x': expected a float or a 0-d tensor, or None"),
     ({"denominator": torch.ones(2)}, "denominator = a tensor of shape"),
 ]
 TRUST = [
@@ -65,6 +73,13 @@ TRUST = [
     ({"quorum": 0.0}, "quorum = 0.0"),
     ({"sigma_filter": 3.0}, "sigma_filter = 3.0: expected None with normalize='std'"),
     ({"eps": -1.0}, "eps = -1.0"),
+    ({"thinking": None}, "thinking = NoneType: expected a tensor"),
+    ({"thinking": torch.tensor([0.0, torch.inf, 1.0])}, r"thinking = .*: expected scores in \[0, 1\], or NaN"),
+    ({"alpha": torch.ones(3)}, r"alpha = a tensor of shape \[3\]: expected shape \[\]"),
+    ({"anneal": torch.tensor(True)}, "anneal = torch.bool"),
+    ({"alpha": float("nan")}, "alpha = nan: expected a finite number"),
+    ({"threshold": torch.tensor(torch.inf)}, "threshold = inf: expected a finite number"),
+    ({"normalize": "batch", "sigma_filter": -1.0}, "sigma_filter = -1.0: expected a value above 0"),
 ]
 
 

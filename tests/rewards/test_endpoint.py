@@ -77,7 +77,7 @@ def test_base_or_full_url(given, full):
     assert completions_url(given) == full
 
 
-@pytest.mark.parametrize("given", ["h:8000", "", "ftp://h", "/v1", "http://"])
+@pytest.mark.parametrize("given", ["h:8000", "", "ftp://h", "/v1", "http://", "http://[bad/v1", "http://h:port/v1", "http://h:99999/v1"])
 def test_what_is_no_url(given):
     with pytest.raises(UserError, match=r"is not an http\(s\) URL"):
         completions_url(given)

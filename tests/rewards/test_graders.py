@@ -20,6 +20,8 @@ ANIMALS = ("A. cat", "B. dog", "C. A bird", "D. bed")
     ("12", "12"), ("12.0", "12"), ("1,234", "1234"), ("$1{,}234$", "1234"), ("+3", "3"), ("−3", "-3"), (".5", "0.5"), ("1/2", "0.5"), ("3e2", "300"),
     ("50%", "50%"), ("50%", "0.5"), ("50%", "50"), ("50", "50%"), ("50\\%", "50%"), ("**7**", "7"), ("7.", "7"), ("0.33333333", "1/3"), ("Yes", "yes"),
     ("\\frac{1}{2}", "0.5"), ("\\dfrac12", "1/2"), ("12 cm", "12"), ("12\\text{ cm}", "12"), ("90^\\circ", "90"), ("x=3", "3"), ("3\\times 10^4", "3.0e4"),
+    ("1 1/2", "1.5"), ("-2 1/4", "-2.25"), ("½", "0.5"), ("1½", "1.5"), ("1 000", "1000"), ("1 234 567.5", "1234567.5"), ("\uff11\uff12", "12"), ("£5", "5"),
+    ("5 €", "5"), ("2e3", "2 \\times 10^3"), ("5-3", "5-3"), ("2\\sqrt{3}+1", "1+2\\sqrt{3}"), ("5-3=2", "2"),
     ("\\sqrt{2}", "1.41421356237"), ("\\boxed{7}", "7"), ("2\\pi", "\\pi+\\pi"), ("(1,2)", "(1, 2)"), ("\\{1,2\\}", "\\{2,1\\}"),
 ])
 def test_numerical_right(answer, gold):
@@ -29,6 +31,7 @@ def test_numerical_right(answer, gold):
 @pytest.mark.parametrize("answer,gold", [
     ("13", "12"), ("", "12"), ("12", ""), ("1,2", "12"), ("12345678", "12345679"), ("1000001", "1000002"), ("50%", "5"), ("5%", "5.1%"),
     ("3 or 5", "3"), ("3 or 5", "5"), ("1, 2, 3, 4", "3"), ("0.0000001", "0.0000002"), ("\\frac{1}{3}", "0.3"), ("1/0", "1"), ("five hundred", "5"),
+    ("5-3", "2"), ("1+1", "2"), ("345*29", "10005"), ("345 \\times 29", "10005"), ("(1+1)", "2"), ("x=5-3", "2"), ("1 1/2", "0.5"), ("1 00", "100"),
     ("1e400", "1e500"), ("nan", "12"), ("inf", "12"), ("__import__('os')", "12"),
 ])
 def test_numerical_wrong(answer, gold):
@@ -48,13 +51,13 @@ def test_numerical_tolerance_is_relative(tolerance, expected):
 
 
 @pytest.mark.parametrize("answer", ["B", "b", "(B)", "[B]", "B.", "B)", "B:", "dog", "Dog.", "B. dog", "(B) dog", "B) dog", "Option B", "The answer is B",
-                                    "Answer: B.", "\\text{B}", "\\boxed{B}", "**B**", "$B$", "B,B"])
+                                    "Answer: B.", "\\text{B}", "\\boxed{B}", "**B**", "$B$", "B,B", "B dog", "B - dog", "dog (B)", "Dog [b]", "\uff22"])
 def test_choice_right(answer):
     assert choice.quick(Task("multiple_choice", answer, "B", ANIMALS)) == 1.0
 
 
 @pytest.mark.parametrize("answer", ["A", "", " ", ".", ",", "A or B", "A/B", "A, B", "AB", "Bdog", "bed", "B. cat", "not B", "E", "ABCD", "dogB",
-                                    "It is B or maybe C", "Z", "BB"])
+                                    "It is B or maybe C", "Z", "BB", "B cat", "B - cat", "cat (B)", "dog (A)", "B or dog"])
 def test_choice_wrong(answer):
     assert choice.quick(Task("multiple_choice", answer, "B", ANIMALS)) == 0.0
 

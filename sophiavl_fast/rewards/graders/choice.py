@@ -1,6 +1,6 @@
 """Multiple choice, 0 or 1: the set of options that an answer names must equal the set that the gold answer names.
 
-Understood: `B`, `b`, `(B)`, `B.`, `B) cat`, `Option B`, `The answer is B`, `A, B`, `A and B`, `AB`, and an option's own text
+Understood: `B`, `b`, `(B)`, `B.`, `B) cat`, `B cat`, `cat (B)`, `Option B`, `The answer is B`, `A, B`, `A and B`, `AB`, and an option's own text
 with or without its letter. Anything else names nothing: there is no search for letters inside words, and an answer that
 hedges (`A or B`) or contradicts itself (a letter with another option's text) is wrong.
 """
@@ -15,6 +15,7 @@ _LEAD = re.compile(r"(?:the )?(?:(?:correct|right|final|best) )?(?:answers?|opti
 _LATEX = re.compile(r"\\(?:text|boxed|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:]{0,2}")
 _LABELLED = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:]?|([A-Za-z])\s?[.:)])\s?(.+)", re.DOTALL)
+_LOOSE = re.compile(r"([A-Za-z])\s(?:[-–—]\s)?(.+)|(.+?)\s?[(\[]([A-Za-z])[)\]]", re.DOTALL)
 _SEPARATOR = re.compile(r"\s?[,;&]\s?(?:and\s)?|\sand\s|\s")
 _LONGEST = 4096
 
@@ -36,7 +37,7 @@ def quick(task: Task) -> float:
 def named(answer: str, texts: Sequence[str]) -> frozenset[int] | None:
     """The options an answer names, by index (A is 0), or None. `texts`: the options without letters, casefolded; may be empty."""
     answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer
-    return _letters(answer, len(texts) or 26) or _labelled(answer, texts) or _by_text(answer, texts)
+    return _letters(answer, len(texts) or 26) or _labelled(answer, texts) or _loosely(answer, texts) or _by_text(answer, texts)
 
 
 def _letters(answer: str, count: int) -> frozenset[int] | None:
@@ -57,6 +58,15 @@ def _labelled(answer: str, texts: Sequence[str]) -> frozenset[int] | None:
     found = _indices(match[1] or match[2], len(texts) or 26)
     other = _by_text(match[3], texts)
     return found if other is None or other == found else None
+
+
+def _loosely(answer: str, texts: Sequence[str]) -> frozenset[int] | None:
+    """`B cat`, `B - cat`, `cat (B)`: a letter without its mark counts only beside its own option's text."""
+    match = _LOOSE.fullmatch(answer)
+    if not match:
+        return None
+    found = _indices(match[1] or match[4], len(texts) or 26)
+    return found if found is not None and found == _by_text(match[2] or match[3], texts) else None
 
 
 def _by_text(answer: str, texts: Sequence[str]) -> frozenset[int] | None:

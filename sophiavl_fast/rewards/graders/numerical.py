@@ -14,11 +14,15 @@ from sophiavl_fast.rewards.graders.task import Task, clean
 
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)\s?"
-    r"(?P<top>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?P<exp>[eE][+-]?[0-9]{1,4})?"
+    r"(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?"
+    r"(?P<top>[0-9]{1,3}(?:[, ][0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?P<exp>[eE][+-]?[0-9]{1,4})?"
     r"(?:\s?/\s?(?P<bottom>[0-9]+(?:\.[0-9]+)?))?"
     r"\s?(?P<percent>\\?%)?")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)(?![A-Za-z0-9])")
-_MINUS = str.maketrans({"−": "-", "–": "-", "\N{FULLWIDTH PERCENT SIGN}": "%"})
+_SIGNS = {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8"} | dict.fromkeys("£€¥\u00a0\u2009\u202f", " ")
+_WRITTEN = str.maketrans(_SIGNS | {"−": "-", "–": "-"})
+# a sum, a difference or a product still to be worked out; 3 x 10^4 is a way to write a number
+_UNDONE = re.compile(r"[0-9)}]\s?(?:[-+]|(?:\*|×|·|\\times|\\cdot)(?!\s?10\s?(?:\^|\*\*)))\s?[0-9(\\]")
 _MARKUP = " *_`"
 _LONGEST = 64  # characters of a plain number; longer ones go the slow way
 
@@ -29,9 +33,10 @@ class Number:
     __slots__ = ("integer", "percent", "value")
 
     def __init__(self, match: re.Match[str]) -> None:
-        top = match["sign"] + match["top"].replace(",", "")
+        top = match["sign"] + re.sub("[, ]", "", match["top"])
         bottom = float(match["bottom"]) if match["bottom"] else 1.0
-        self.value = float(top + (match["exp"] or "")) / bottom if bottom else math.nan
+        whole = float(match["sign"] + match["whole"]) if match["whole"] else 0.0
+        self.value = whole + float(top + (match["exp"] or "")) / bottom if bottom else math.nan
         self.percent = match["percent"] is not None
         self.integer = int(top) if re.fullmatch(r"[+-]?[0-9]+", top) and not (match["exp"] or match["bottom"]) else None
 
@@ -44,6 +49,8 @@ def quick(task: Task) -> float | None:
     if answer.casefold() == gold.casefold():
         return 1.0
     left, right = _number(answer), _number(gold)
+    if right is not None and _UNDONE.search(answer.rpartition("=")[2]):
+        return 0.0   # the question's own sum is no answer to it
     if left is None or right is None:
         return None
     return float(_same(left, right, task.tolerance))
@@ -76,7 +83,7 @@ def close(left: float, right: float, tolerance: float) -> bool:
 
 
 def _normal(text: str) -> str:
-    return clean(text.translate(_MINUS)).strip(_MARKUP).rstrip("." + _MARKUP).replace("{,}", ",")
+    return clean(text.translate(_WRITTEN)).strip(_MARKUP).rstrip("." + _MARKUP).replace("{,}", ",")
 
 
 def _number(text: str) -> Number | None:

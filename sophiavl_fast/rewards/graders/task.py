@@ -5,6 +5,8 @@ import re
 from typing import NamedTuple
 
 _DOLLARS = re.compile(r"\$+")
+# full-width forms (as in East Asian text) of the printable ASCII characters
+_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 
 class Task(NamedTuple):
@@ -19,5 +21,5 @@ class Task(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """Dollar signs dropped (as SophiaVL-R1 does before scoring), white space collapsed."""
-    return " ".join(_DOLLARS.sub(" ", text).split())
+    """Dollar signs dropped (as SophiaVL-R1 does before scoring), full-width letters and digits narrowed, white space collapsed."""
+    return " ".join(_DOLLARS.sub(" ", text.translate(_NARROW)).split())

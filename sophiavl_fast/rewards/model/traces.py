@@ -108,7 +108,7 @@ def lines(path: Path) -> Iterator[tuple[int, int, int, Any]]:
                 continue
             try:
                 value = json.loads(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not raw.endswith(b"\n"):
                     return
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None

@@ -21,8 +21,12 @@ _COMPLETE = re.compile(r"(?:0?\.[0-9]+|0\.[0-9]+|1(?:\.0*)?)")
 
 def completions_url(url: str) -> str:
     """The full address from a base URL with or without /v1, or from a full one. Raises UserError for what is no http URL."""
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url.strip())
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that hold no address, a port that is no number
+        usable = False
+    if not usable:
         raise UserError(f"thinking.url = '{url}' is not an http(s) URL; expected for example http://127.0.0.1:8000/v1")
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):

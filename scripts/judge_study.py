@@ -74,10 +74,11 @@ def wished(a: argparse.Namespace) -> list[Cell]:
 
 
 def collected(runs: Path) -> list[Cell]:
-    """The cells whose runs are finished."""
+    """The cells whose runs are finished, plain GRPO first, then judge by judge."""
     names = (folder.name.split("-") for folder in sorted(runs.iterdir()))
     cells = [Cell(judge, trust, uniform, int(seed), *rest) for judge, trust, uniform, seed, *rest in names]
-    return [cell for cell in cells if finished(runs / cell.name)]
+    order = (NONE, *JUDGES)
+    return sorted((cell for cell in cells if finished(runs / cell.name)), key=lambda cell: (order.index(cell.judge), *cell[1:]))
 
 
 def arguments() -> argparse.Namespace:

@@ -147,7 +147,7 @@ def test_compare_hf(folders, kind):
             policy.close()
 
 
-def test_host_syncs_of_an_update(folders, capsys):
+def test_host_syncs_of_an_update(folders):
     """Printed, line by line, to be read with -s; only what costs nothing is asserted: the step's loss and log-prob head make none."""
     config = tiny.config(folders["qwen2_5_vl"], policy={"kernels": "reference"}, algorithm={"name": "trust_grpo", "kl_coef": 0.04})
     config = config.model_copy(update={"device": "cuda"})
@@ -164,10 +164,9 @@ def test_host_syncs_of_an_update(folders, capsys):
                     policy.update(batches, loss, entropy=True)
         finally:
             policy.close()
-    with capsys.disabled():
-        print(f"\n{len(batches)} micro-batches; syncs:")
-        for (kind, ours, asked), count in sorted(found.items(), key=lambda x: x[0][1:]):
-            print(f"{count:5d} {kind:22s} {ours}" + (f"  <- {asked}" if asked != ours else ""))
+    print(f"\n{len(batches)} micro-batches; syncs:")   # `pytest -s` shows them
+    for (kind, ours, asked), count in sorted(found.items(), key=lambda x: x[0][1:]):
+        print(f"{count:5d} {kind:22s} {ours}" + (f"  <- {asked}" if asked != ours else ""))
     assert not [key for key in found if "kernels/" in key[1] or "algorithms/" in key[1]]
 
 

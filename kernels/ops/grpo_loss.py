@@ -103,8 +103,8 @@ def _check_options(o: dict, device: torch.device) -> None:
     expect_choice("kl", o["kl"], ("k1", "k2", "k3"))
     for name in ("clip_low", "clip_high", "entropy_coef", "kl_coef", "dual_clip", "pre_clip", "tis_cap", "max_length", "denominator"):
         optional = name not in ("clip_low", "clip_high", "entropy_coef", "kl_coef")
-        expect(isinstance(o[name], Tensor | float | int) or (optional and o[name] is None), name, repr(o[name]),
-               "a float or a 0-d tensor" + ", or None" * optional)
+        if not (isinstance(o[name], Tensor | float | int) or (optional and o[name] is None)):
+            expect(False, name, repr(o[name]), "a float or a 0-d tensor" + ", or None" * optional)
     for name, low in (("clip_low", 0.0), ("clip_high", 0.0), ("entropy_coef", 0.0), ("kl_coef", 0.0)):
         expect(isinstance(o[name], Tensor) or o[name] >= low, name, o[name], f"a value of at least {low:g}")
     for name, low in (("dual_clip", 1.0), ("pre_clip", 0.0), ("tis_cap", 0.0), ("max_length", 0.0), ("denominator", 0.0)):

@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from sophiavl_fast.errors import UserError
+from sophiavl_fast.errors import UserError, nearest
 
 
 class Rows(Protocol):
@@ -32,12 +33,19 @@ def open_rows(path: Path, split: str = "") -> Rows:
 
         return ParquetRows(path, split or "train")
     if not path.is_file():
-        raise UserError(f"data file '{path}' does not exist")
+        raise UserError(f"data file '{path}' does not exist{nearest(str(path), _beside(path))}")
     if path.suffix == ".jsonl":
         return JsonlRows(path)
     if path.suffix == ".json":
         return JsonRows(path)
     raise UserError(f"data file '{path}': expected .json, .jsonl, .parquet or a folder of parquet files")
+
+
+def _beside(path: Path) -> list[str]:
+    """Data files in the nearest folder that exists, two levels deep: a download seldom lies exactly where a registry says."""
+    folder = path.parent if path.parent.is_dir() else path.parent.parent
+    found = (p for pattern in ("*", "*/*") for p in islice(folder.glob(pattern), 10_000))
+    return sorted(str(p) for p in found if p.suffix in (".json", ".jsonl", ".parquet") and p.name != "dataset_info.json")[:8]
 
 
 class JsonlRows:

@@ -136,6 +136,16 @@ def test_jsonl_lines_are_counted_with_blank_and_broken_ones(store):
         dataset.example(2)
 
 
+def test_a_file_that_is_not_there_names_what_is(store):
+    store.add("set", [record(1)])
+    (store.folder / "json").mkdir()
+    (store.folder / "json" / "thinking_156k.json").write_text("[]")
+    store.add("gone", [], "json", file_path="json/thinking.json")
+    (store.folder / "json" / "thinking.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"json/thinking.json' does not exist; did you mean '.*/json/thinking_156k.json'"):
+        opened(store, "gone")
+
+
 def test_nesting_without_end_is_a_bad_line(store):
     deep = "[" * 100_000
     store.add("lines", [json.dumps(record(1)) + "\n", deep + "\n"])

@@ -131,16 +131,22 @@ def test_a_sleeping_server_wakes_to_generate(engine, prompts, asked):
 
 
 class Fresh(tiny.Weights):
-    """Copies of the weights, as gathering makes them: how many bytes of them live is counted at each; `asked` counts them, and the end as two."""
+    """Copies of the weights, as gathering makes them: how many bytes of them live is counted at each; `asked` counts them, and the end as two.
 
-    def __init__(self, model) -> None:
+    A copy is made once no more than `limit` bytes live with it, or never will: gloo's threads let go of the last tensor a moment after its end.
+    """
+
+    def __init__(self, model, limit: int) -> None:
         super().__init__(model)
-        self.changed, self.asked, self.most, self.living = threading.Condition(), 0, 0, 0
+        self.changed, self.asked, self.most, self.living, self.limit = threading.Condition(), 0, 0, 0, limit
 
     def weights(self):
         for name, tensor in self.named:
             self.ask(1)
             memory = tensor.numpy().copy()     # what lives exactly as long as the tensors that share it
+            until = time.monotonic() + 5
+            while self.living + memory.nbytes > self.limit >= self.most and time.monotonic() < until:
+                time.sleep(0.01)
             self.living += memory.nbytes
             self.most = max(self.most, self.living)
             weakref.finalize(memory, self.forget, memory.nbytes)
@@ -163,7 +169,9 @@ def test_a_bucket_is_gathered_while_the_one_before_travels_and_no_more(engine, p
     """Each bucket here travels only once another tensor is asked for. At most two are held, and a tensor beyond."""
     new = tiny.perturbed(folder, 6)
     monkeypatch.setattr(transfer, "buckets", functools.partial(transfer.buckets, limit=60_000))
-    source, channel = Fresh(new), engine._pool.engines[0].lane.channel
+    planned = [[t.numel() * 4 for _, t in bucket] for bucket in transfer.buckets(tiny.Weights(new))]
+    most = max(sum(a) + sum(b) + c[0] for a, b, c in zip(planned[:-1], planned[1:], [*planned[2:], [0]], strict=True))
+    source, channel = Fresh(new, most), engine._pool.engines[0].lane.channel
     plain, sent, ready = channel.send, [], []
 
     def convert(bucket):
@@ -179,8 +187,7 @@ def test_a_bucket_is_gathered_while_the_one_before_travels_and_no_more(engine, p
     monkeypatch.setattr(channel, "convert", convert)
     monkeypatch.setattr(channel, "send", send)
     times = engine.send(source, 13)
-    most = max(sum(a) + sum(b) + c[0] for a, b, c in zip(sent[:-1], sent[1:], [*sent[2:], [0]], strict=True))
-    assert len(sent) > 5 and times["bytes"] == sum(map(sum, sent))
+    assert len(sent) > 5 and sent == planned and times["bytes"] == sum(map(sum, sent))
     assert source.most <= most < 0.6 * times["bytes"]
     assert tiny.worst_difference(new, engine.generate(prompts, **HOT), T) < 1e-4
 

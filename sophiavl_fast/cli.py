@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from sophiavl_fast import __version__, config, reward_commands
+from sophiavl_fast.compat.quiet import quiet
 from sophiavl_fast.errors import EngineError, UserError
 
 TYPES = ("numerical", "multiple_choice", "ocr", "free_form", "text")
@@ -18,7 +17,7 @@ TYPES = ("numerical", "multiple_choice", "ocr", "free_form", "text")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an engine failed, 2 bad input, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    _quiet()
+    quiet()
     try:
         return arguments.command(arguments) or 0
     except UserError as error:
@@ -30,17 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; `train` with run.resume=auto goes on from the newest checkpoint")
         return 130
-
-
-def _quiet() -> None:
-    """Keep the engines' deprecation notes about each other off the terminal; what they fail with still comes through."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|megatron|transformers)\b")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")  # its CUDA libraries, each with a line of complaint
 
 
 def _say(error: Exception | str) -> None:

@@ -1,7 +1,7 @@
 """Which curves the report draws, in the order of reading: what was learned, how trust acted, how the update went, what it cost."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -17,6 +17,8 @@ class Panel:
     log: bool = False
     unit_interval: bool = False
     """The values are shares: the axis is [0, 1]."""
+    needs: str = ""
+    """Drawn only where this metric is there."""
 
 
 PANELS = (
@@ -38,6 +40,8 @@ PANELS = (
           "difference of the sampled tokens' log-probs", log=True),
     Panel("Time by phase", (("time/rollout_s", "rollout"), ("time/reward_s", "reward"), ("time/update_s", "update"), ("time/transfer_s", "transfer")),
           kind="stack", unit="s a step"),
+    Panel("Sampling beside the update", (("time/step_s", "whole step"), ("rollout/busy_s", "sampling"), ("time/update_s", "update")),
+          "a step takes as long as the longer of the two where they overlap", unit="s", needs="rollout/busy_s"),
     Panel("Throughput", (("rollout/tokens_per_s", "rollout"), ("train/tokens_per_s", "training")), unit="tokens/s"),
     Panel("Memory", (("mem/peak_gib", "host peak"), ("mem/host_gib", "host"), ("mem/gpu_peak_gib", "GPU peak")), unit="GiB"),
     Panel("Learning rate", (("optim/lr", "lr"),)),
@@ -47,7 +51,7 @@ PANELS = (
 def choose(metrics: list[dict[str, Any]]) -> tuple[list[Panel], list[Panel]]:
     """The panels that have something to show, and one for each number that none of them holds."""
     present = {key for record in metrics for key, value in record.items() if _is_number(value) and not key.startswith("alarm/")} - {"step"}
-    main = [Panel(p.title, kept, p.note, p.kind, p.unit, p.log, p.unit_interval) for p in PANELS if (kept := tuple(s for s in p.series if s[0] in present))]
+    main = [replace(p, series=kept) for p in PANELS if (not p.needs or p.needs in present) and (kept := tuple(s for s in p.series if s[0] in present))]
     drawn = {key for panel in main for key, _ in panel.series}
     rare = {key for key in present if key.startswith("eval/")}
     return main, [Panel(key, ((key, key.rpartition("/")[2]),), kind="points" if key in rare else "line") for key in sorted(present - drawn)]

@@ -85,9 +85,10 @@ def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
 
 @contextmanager
 def rollouts_ahead(rooms: Rooms, first: int) -> Iterator[None]:
-    """Sample ahead of the policy within the block, where rollout.staleness says so."""
-    if rooms.config.rollout.staleness and rooms.rewards:
-        rooms.ahead = Ahead(rooms.loader, rooms.draw, rooms.generate, depth=rooms.config.rollout.staleness, first=first, last=rooms.config.run.steps)
+    """Sample ahead of the policy within the block, where rollout.staleness says so. Scoring begins as each group is finished, beside the update."""
+    if rooms.config.rollout.staleness and (rewards := rooms.rewards):
+        rooms.ahead = Ahead(rooms.loader, rooms.draw, lambda prompts, step: rooms.generate(prompts, step, rewards.start),
+                            depth=rooms.config.rollout.staleness, first=first, last=rooms.config.run.steps)
     try:
         yield
     finally:

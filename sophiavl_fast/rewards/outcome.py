@@ -31,7 +31,7 @@ class OutcomeScorer:
         self._asked: dict[Task, Future[Grade]] = {}  # since the last finish: the responses of a group often agree
 
     def start(self, group: Group) -> Pending:
-        """Begin to grade a group; one entry a response. Raises UserError for an unknown problem type."""
+        """Begin to grade a group, from any thread; one entry a response. Raises UserError for an unknown problem type."""
         grader(group.prompt.problem_type)
         return [self._begin(group, response.text) for response in group.responses]
 
@@ -43,9 +43,10 @@ class OutcomeScorer:
         found = quick(task)
         if found is not None:
             return parsed, Grade(found)
-        if task not in self._asked:
-            self._asked[task] = self._sandbox.submit(task, self._worst(prompt.problem_type))
-        return parsed, self._asked[task]
+        grade = self._asked.get(task)   # once: another thread's `finish` may clear it
+        if grade is None:
+            grade = self._asked[task] = self._sandbox.submit(task, self._worst(prompt.problem_type))
+        return parsed, grade
 
     def _worst(self, problem_type: str) -> float:
         return -1.0 if problem_type == "ocr" and self._config.ocr == "neg_wer" else 0.0

@@ -38,7 +38,7 @@ class Rewards:
         self._selective = self._judge is not None and config.trust.mode == "repo"
 
     def start(self, group: Group) -> None:
-        """Begin to score a finished group while others are still being sampled. A group may be started once."""
+        """Begin to score a finished group while others are still being sampled; from any thread. A group may be started once."""
         outcomes = self._outcome.start(group)
         ticket = None if self._judge is None or self._selective else self._judge.submit(self._case(group, outcomes))
         self._started[id(group)] = _Started(group, outcomes, ticket)

@@ -187,6 +187,13 @@ def test_every_number_has_a_curve_once():
     assert [p.title for p in main] == ["Loss", "Time by phase"] and [s for p in more for s in p.series] == [("new/key", "key")]
 
 
+def test_overlap_is_drawn_where_rollouts_run_ahead():
+    times = {"step": 1, "time/step_s": 2.0, "time/update_s": 1.9, "time/rollout_s": 0.1}
+    assert "Sampling beside the update" not in [p.title for p in panels.choose([times])[0]]
+    main, more = panels.choose([times | {"rollout/busy_s": 1.8}])
+    assert [s[0] for p in main if p.title == "Sampling beside the update" for s in p.series] == ["time/step_s", "rollout/busy_s", "time/update_s"] and not more
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

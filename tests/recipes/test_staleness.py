@@ -1,12 +1,14 @@
-"""Rollouts ahead of the policy: which weights each token was drawn from, and that staleness never exceeds its bound."""
+"""Rollouts ahead of the policy: which weights each token was drawn from, that staleness never exceeds its bound, and what goes on meanwhile."""
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
 
 from sophiavl_fast.policy import checkpoint
 from tests.recipes.conftest import run
+from tests.rewards.helpers import chat, judge_server
 
 
 def lines(path: Path) -> list[dict]:
@@ -33,3 +35,21 @@ def test_a_run_one_step_ahead(rl, tmp_path):
     # a checkpoint of step 4 goes on with the prompts of step 5, though they were drawn before it was written
     state = checkpoint.read_state(out / "checkpoints" / "step_4")
     assert state["loader"]["cursor"] == 4 * 6
+
+
+@pytest.mark.engine
+def test_the_next_step_is_scored_while_this_one_still_is(rl, tmp_path):
+    """The judge answers nobody before it has been asked about a response of step 2, while step 1 waits for its scores."""
+    out, beyond = tmp_path / "run", threading.Event()
+
+    def patient(handler, body, number):
+        if number >= 30:   # 6 prompts x 5 responses a step
+            beyond.set()
+        handler.reply(chat("<answer>0.5</answer>") if beyond.wait(100) else "no answer", 200)
+
+    with judge_server(patient) as judge:
+        run(*rl(out, "run.steps=3", "eval.every=0", "rollout.engine=server", "rollout.staleness=1", "checkpoint.every=0", "thinking.backend=endpoint",
+                f"thinking.url={judge.url}", "thinking.model=judge", "thinking.on_error=fail", "thinking.score=parse", "thinking.concurrency=64",
+                "thinking.timeout_s=150", "thinking.retries=0"))
+    metrics = lines(out / "metrics.jsonl")
+    assert [m["reward/unscored"] for m in metrics] == [0, 0, 0] and [round(m["reward/thinking"], 6) for m in metrics] == [0.5] * 3

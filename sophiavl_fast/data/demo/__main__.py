@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sophiavl_fast.compat.quiet import quiet
 from sophiavl_fast.data.demo import generate, tiny_model
 from sophiavl_fast.data.demo.traces import LUCKY_SHARE, SLIP_SHARE
 
@@ -21,6 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.lucky <= SLIP_SHARE + LUCKY_SHARE:
         parser.error(f"--lucky {arguments.lucky}: must lie in 0..{SLIP_SHARE + LUCKY_SHARE}")
+    quiet()
     console = Console()
     columns = TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:

@@ -1,0 +1,112 @@
+"""What sampling one step ahead saves: the demo's step with `rollout.staleness` 0 and 1, trainer and engine pinned to cores of their own.
+
+    python benchmarks/staleness.py --data data/demo --model models/demo --judge models/demo-judge --out benchmarks/results/staleness_cpu.json
+
+Pinned apart, the two phases share nothing but memory, as on GPUs of their own. At staleness 0 they wait for each other, and the medians of a
+step's phases are what each costs alone; at staleness 1 the step should take as long as the longer of the two. The runs are `train configs/demo.yaml`
+itself, in turns; the first steps of each are left out. `--judge ""` trains without a thinking reward: a local judge is scored by the trainer's own core.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import common  # noqa: E402
+
+PHASES = ("rollout_s", "reward_s", "update_s", "transfer_s", "step_s")
+WARM = 4   # steps left out
+LOOK_S = 0.2
+
+
+def main() -> None:
+    a = arguments()
+    found: dict[int, list[dict[str, Any]]] = {k: [] for k in a.staleness}
+    for turn in range(a.turns):
+        for k in a.staleness:
+            found[k] += steps(a, k, turn)
+            print(f"turn {turn + 1}/{a.turns}, staleness {k}: {medians(found[k])}", flush=True)
+    rows = {str(k): medians(rows) for k, rows in found.items()}
+    alone = rows["0"]
+    work = {k: alone["reward_s"] + alone["update_s"] + alone["transfer_s"] if k == "trainer_s" else alone["rollout_s"] for k in ("trainer_s", "engine_s")}
+    ratios = {k: {"of_longer_phase": row["step_s"] / max(alone["rollout_s"], alone["update_s"]), "of_longer_side": row["step_s"] / max(work.values()),
+                  "of_staleness_0": row["step_s"] / alone["step_s"]} for k, row in rows.items()}
+    shape = {"steps": a.steps, "turns": a.turns, "left_out": WARM, "judge": "local" if a.judge else "none", "cores": [a.cores[0], a.cores[1:]]}
+    common.write(a.out, {"shape": shape, "medians": rows, "alone": work, "ratios": ratios})
+    for k, row in ratios.items():
+        print(f"staleness {k}: step = {row['of_longer_phase']:.2f} x max(rollout, update) = {row['of_longer_side']:.2f} x max(rollout, reward + update + "
+              f"transfer) = {row['of_staleness_0']:.2f} x the step at staleness 0")
+
+
+def steps(a: argparse.Namespace, staleness: int, turn: int) -> list[dict[str, Any]]:
+    """Metrics of one run's steps after the first few."""
+    out = a.work / f"staleness{staleness}-{turn}"
+    judge = [f"thinking.path={a.judge}"] if a.judge else ["thinking.backend=off"]
+    command = [sys.executable, "-m", "sophiavl_fast", "train", "configs/demo.yaml", f"run.dir={out.resolve()}", f"run.steps={a.steps}", f"run.seed={turn}",
+               f"data.registry={a.data.resolve()}/dataset_info.json", f"model.path={a.model.resolve()}", "rollout.engine=server", "run.resume=never",
+               f"rollout.staleness={staleness}", "eval.every=0", "checkpoint.every=0", *judge, *a.settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, a.cores[1:]))}
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "train.log").open("w") as log:
+        run = subprocess.Popen(["taskset", "-c", str(a.cores[0]), *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    over = threading.Event()
+    pins = threading.Thread(target=pin, args=(run.pid, set(a.cores[1:]), over))
+    pins.start()
+    code = run.wait()
+    over.set()
+    pins.join()
+    if code:
+        sys.exit(f"{out}/train.log: exit code {code}\n{(out / 'train.log').read_text()[-1500:]}")
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARM:]
+
+
+def pin(trainer: int, cores: set[int], over: threading.Event) -> None:
+    """Every thread of the engine's processes on its cores, from the moment it is there: children inherit the trainer's."""
+    while not over.wait(LOOK_S):
+        with suppress(psutil.Error):
+            engines = [p for p in psutil.Process(trainer).children(recursive=True) if "sophiavl_fast.rollout.supervisor" in p.cmdline()]
+            for process in [p for e in engines for p in (e, *e.children(recursive=True))]:
+                for thread in process.threads():
+                    with suppress(OSError):
+                        if os.sched_getaffinity(thread.id) != cores:
+                            os.sched_setaffinity(thread.id, cores)
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds by phase; `busy_s`: how long the engines worked on a step that was sampled ahead."""
+    keys = [*(f"time/{p}" for p in PHASES), "rollout/busy_s", "rollout/lag_mean"]
+    return {key.rpartition("/")[2]: round(median(row[key] for row in rows), 4) for key in keys if key in rows[0]}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/demo"))
+    parser.add_argument("--model", type=Path, default=Path("models/demo"))
+    parser.add_argument("--judge", default="", help="a thinking reward model's folder; none: no thinking reward")
+    parser.add_argument("--work", type=Path, default=Path("runs/staleness"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--cores", type=int, nargs="+", default=[0, 1], help="the trainer's, then the engine's")
+    parser.add_argument("settings", nargs="*", help="further settings of train, after --")
+    a = parser.parse_args()
+    a.judge = str(Path(a.judge).resolve()) if a.judge else ""
+    if 0 not in a.staleness or len(a.cores) < 2 or a.steps <= WARM:
+        parser.error(f"--staleness must hold 0, --cores a core for each side, and --steps must be more than {WARM}")
+    return a
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ def test_a_run_one_step_ahead(rl, tmp_path):
     for m in metrics:
         assert m["rollout/probe_diff_max"] <= 1e-4
         assert 0 <= m["rollout/lag_mean"] <= m["rollout/lag_max"] <= 1
+        assert m["rollout/tokens_per_s"] == pytest.approx(m["response/tokens"] / m["rollout/busy_s"])   # of the engines' work, not of what was waited for
         assert m["policy/tis_weight_mean"] is not None and math.isfinite(m["loss"])
     assert metrics[0]["rollout/lag_max"] == 0 and max(m["rollout/lag_max"] for m in metrics[1:]) == 1
     for step in range(1, 6):

@@ -5,6 +5,11 @@
 Pinned apart, the two phases share nothing but memory, as on GPUs of their own. At staleness 0 they wait for each other, and the medians of a
 step's phases are what each costs alone; at staleness 1 the step should take as long as the longer of the two. The runs are `train configs/demo.yaml`
 itself, in turns; the first steps of each are left out. `--judge ""` trains without a thinking reward: a local judge is scored by the trainer's own core.
+
+    python benchmarks/staleness.py --compare runs/s0-1 runs/s1-1 --compare runs/s0-2 runs/s1-2 ... --out benchmarks/results/staleness_accuracy.json
+
+compares finished runs instead, pairs of one seed: held-out accuracy and sound reasoning at their end, the mean difference and its 95 % interval
+(Student's t).
 """
 from __future__ import annotations
 
@@ -16,10 +21,12 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import psutil
+import yaml
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,6 +39,9 @@ LOOK_S = 0.2
 
 def main() -> None:
     a = arguments()
+    if a.compare:
+        compare(a)
+        return
     found: dict[int, list[dict[str, Any]]] = {k: [] for k in a.staleness}
     for turn in range(a.turns):
         for k in a.staleness:
@@ -68,7 +78,7 @@ def steps(a: argparse.Namespace, staleness: int, turn: int) -> list[dict[str, An
     pins.join()
     if code:
         sys.exit(f"{out}/train.log: exit code {code}\n{(out / 'train.log').read_text()[-1500:]}")
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARM:]
+    return records(out)[WARM:]
 
 
 def pin(trainer: int, cores: set[int], over: threading.Event) -> None:
@@ -89,6 +99,28 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {key.rpartition("/")[2]: round(median(row[key] for row in rows), 4) for key in keys if key in rows[0]}
 
 
+def compare(a: argparse.Namespace) -> None:
+    """Second run minus first, pair by pair, as shares of the questions."""
+    found = {}
+    for key in ("eval/accuracy", "eval/reasoning"):
+        ends = [[records(Path(folder))[-1][key] for folder in pair] for pair in a.compare]
+        change = [second - first for first, second in ends]
+        found[key] = {"ends": ends, "difference": mean(change), "interval": interval(change)}
+        print(f"{key}: {ends}; difference {mean(change):+.3f}, 95 % interval {found[key]['interval']}")
+    lag = [mean(r["rollout/lag_mean"] for r in records(Path(pair[1]))[1:]) for pair in a.compare]
+    common.write(a.out, {"seeds": [yaml.safe_load((Path(pair[0]) / "config.yaml").read_text())["run"]["seed"] for pair in a.compare], "lag_mean": lag, **found})
+
+
+def interval(values: list[float]) -> list[float]:
+    """95 % of the mean, few values from a normal distribution."""
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return [round(mean(values) - half, 4), round(mean(values) + half, 4)]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/demo"))
@@ -100,9 +132,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1], help="the trainer's, then the engine's")
+    parser.add_argument("--compare", type=Path, nargs=2, action="append", metavar=("RUN", "RUN"), help="two finished runs of one seed; at least two pairs")
     parser.add_argument("settings", nargs="*", help="further settings of train, after --")
     a = parser.parse_args()
     a.judge = str(Path(a.judge).resolve()) if a.judge else ""
+    if a.compare and len(a.compare) < 2:
+        parser.error("--compare: an interval wants at least two pairs")
     if 0 not in a.staleness or len(a.cores) < 2 or a.steps <= WARM:
         parser.error(f"--staleness must hold 0, --cores a core for each side, and --steps must be more than {WARM}")
     return a

@@ -119,8 +119,11 @@ def _tiles(metrics: list[dict[str, Any]]) -> list[dict[str, str]]:
             ends = min(5, len(values) // 2)
             before, after = compact(fmean(values[:ends])), compact(fmean(values[-ends:]))
             tiles.append({"label": label, "before": before, "value": after, "note": f"mean of {ends} steps each" if ends > 1 else "first and last step"})
+    # ahead of the policy tokens are of older weights, and only those sampled right after a transfer say whether the two agree
+    ahead = bool(_values(metrics, "rollout/probe_diff_max"))
     for key, label, pick, how, unit in (
-        ("rollout/logprob_diff_max", "trainer against engine", max, "largest log-prob difference", ""),
+        ("rollout/probe_diff_max" if ahead else "rollout/logprob_diff_max", "trainer against engine", max,
+         "largest log-prob difference" + " after a transfer" * ahead, ""),
         ("rollout/tokens_per_s", "rollout", median, "tokens/s, median", ""), ("train/tokens_per_s", "training", median, "tokens/s, median", ""),
         ("mem/peak_gib", "host memory", max, "peak, engines included", " GiB"),
     ):

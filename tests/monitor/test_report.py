@@ -11,7 +11,7 @@ from PIL import Image
 
 from sophiavl_fast.config import build, dump
 from sophiavl_fast.errors import UserError
-from sophiavl_fast.monitor import browser, groups, panels
+from sophiavl_fast.monitor import browser, groups, panels, report
 from sophiavl_fast.monitor.metrics import RunLog
 from sophiavl_fast.monitor.report import write_report
 
@@ -191,6 +191,7 @@ def test_overlap_is_drawn_where_rollouts_run_ahead():
     times = {"step": 1, "time/step_s": 2.0, "time/update_s": 1.9, "time/rollout_s": 0.1}
     assert "Sampling beside the update" not in [p.title for p in panels.choose([times])[0]]
     main, more = panels.choose([times | {"rollout/busy_s": 1.8}])
+    assert report._tiles([times | {"rollout/logprob_diff_max": 1.5, "rollout/probe_diff_max": 2e-5}])[0]["value"] == "2.0e-05"
     assert [s[0] for p in main if p.title == "Sampling beside the update" for s in p.series] == ["time/step_s", "rollout/busy_s", "time/update_s"] and not more
 
 

@@ -12,7 +12,7 @@ from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.rollout.engine import Decode, RolloutEngine
 from sophiavl_fast.rollout.environment import resolve_device
-from sophiavl_fast.rollout.saved import Recorder, Replay
+from sophiavl_fast.rollout.saved import Recorder, Replay, make_folder
 
 __all__ = ["RolloutEngine", "open_rollout"]
 
@@ -31,9 +31,11 @@ def open_rollout(config: Config, *, stop_ids: list[int], banned_ids: list[int], 
     if config.debug.replay:
         return Replay(Path(config.debug.replay))
     _check_ids(stop_ids, banned_ids, vocab_size)
+    if config.debug.record:
+        make_folder(Path(config.debug.record))  # refused before an engine starts
     engine = _open_engine(config, stop_ids=stop_ids, banned_ids=banned_ids, decode=decode, device=device, run_dir=run_dir, replica=replica,
                           replicas=replicas, on_wait=on_wait)
-    return Recorder(engine, Path(config.debug.record), replica) if config.debug.record else engine
+    return Recorder(engine, Path(config.debug.record), replica, replicas) if config.debug.record else engine
 
 
 def _open_engine(config: Config, *, stop_ids: list[int], banned_ids: list[int], decode: Decode, device: str | torch.device, run_dir: str | Path,

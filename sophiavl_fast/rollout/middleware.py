@@ -8,7 +8,9 @@ from __future__ import annotations
 import hmac
 import os
 
-TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
+from sophiavl_fast import config_checks
+
+TOKEN_VARIABLE = config_checks.TOKEN_VARIABLE
 
 
 class TokenMiddleware:

@@ -15,12 +15,23 @@ from sophiavl_fast.rollout.engine import OnGroup, OnProgress, RolloutEngine
 from sophiavl_fast.types import Group, Prompt, Response, WeightSource
 
 
-class Recorder:
-    """An engine whose training groups (not its greedy evaluation) are also written to `folder`."""
-
-    def __init__(self, engine: RolloutEngine, folder: Path, replica: int) -> None:
-        self._engine, self._folder, self._replica, self.version = engine, folder, replica, engine.version
+def make_folder(folder: Path) -> None:
+    """The folder of debug.record. Raises UserError where it cannot be made."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"debug.record = '{folder}' cannot be made: {error.strerror}; name a folder") from None
+
+
+class Recorder:
+    """An engine whose training groups (not its greedy evaluation) are also written to `folder`.
+
+    A step's files are this run's alone: each replica writes its own anew, and the first removes those of replicas that this run does not have.
+    """
+
+    def __init__(self, engine: RolloutEngine, folder: Path, replica: int, replicas: int = 1) -> None:
+        self._engine, self._folder, self._replica, self._replicas, self.version = engine, folder, replica, replicas, engine.version
+        make_folder(folder)
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,
                  on_group: OnGroup | None = None, on_progress: OnProgress | None = None) -> list[Group]:
@@ -29,7 +40,16 @@ class Recorder:
         if step:
             lines = (json.dumps({"id": g.prompt.id, "responses": [asdict(r) for r in g.responses]}) + "\n" for g in groups)
             (self._folder / f"step_{step}-{self._replica}.jsonl").write_text("".join(lines))
+            if self._replica == 0:
+                self._drop_foreign(step)
         return groups
+
+    def _drop_foreign(self, step: int) -> None:
+        """No replica of this run writes these names, so that it does not matter which are at work meanwhile."""
+        ours = {f"step_{step}-{i}.jsonl" for i in range(self._replicas)}
+        for file in self._folder.glob(f"step_{step}-*.jsonl"):
+            if file.name not in ours:
+                file.unlink()
 
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
         times = self._engine.send(source, version)
@@ -67,7 +87,7 @@ class Replay:
                 found = "no response" if responses is None else f"{len(responses)} responses"
                 raise UserError(f"debug.replay = '{self._folder}': step {step} has {found} to prompt '{prompt.id}' instead of {n}; "
                                 "data, run.seed, rollout.n and rollout.prompts_per_step must be the recording run's")
-            groups.append(Group(prompt=prompt, responses=[Response(**r) for r in responses], step=step))
+            groups.append(Group(prompt=prompt, responses=responses, step=step))
             if on_group:
                 on_group(groups[-1])
             if on_progress:
@@ -92,9 +112,25 @@ class Replay:
     def close(self) -> None:
         pass
 
-    def _read(self, step: int) -> dict[str, list[dict[str, Any]]]:
+    def _read(self, step: int) -> dict[str, list[Response]]:
         files = sorted(self._folder.glob(f"step_{step}-*.jsonl"))
         if not files:
             raise UserError(f"debug.replay = '{self._folder}': step {step} was not recorded")
-        lines = (json.loads(line) for file in files for line in file.read_text().splitlines())
-        return {line["id"]: line["responses"] for line in lines}
+        found: dict[str, list[Response]] = {}
+        for file in files:
+            for i, line in enumerate(file.read_text().splitlines(), 1):
+                prompt, responses = self._line(line, f"{file.name}:{i}")
+                if prompt in found:
+                    raise UserError(f"debug.replay = '{self._folder}': {file.name}:{i} answers prompt '{prompt}' of step {step} a second time; "
+                                    "record it anew, into an empty folder and with no prompt twice in a step")
+                found[prompt] = responses
+        return found
+
+    def _line(self, text: str, where: str) -> tuple[str, list[Response]]:
+        """A prompt's id and its responses."""
+        try:
+            line: dict[str, Any] = json.loads(text)
+            return str(line["id"]), [Response(**r) for r in line["responses"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"debug.replay = '{self._folder}': {where} is no recorded prompt ({type(error).__name__}: {error}); "
+                            "it may be cut short: record the step anew") from None

@@ -1,7 +1,7 @@
 """Our half inside the engine's worker: whose engine it is, which weights it wants, what it got.
 
 vLLM mixes this class into its worker (`worker_extension_cls`); the trainer calls it by collective RPC. Importing the
-module also registers our weight transfer backends in the worker's process.
+module also registers our weight transfer backends in the worker's process, and lets a CPU engine read seeded prompts in parts.
 """
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sophiavl_fast.rollout import rewind
 from sophiavl_fast.rollout.bans import set_banned
 from sophiavl_fast.rollout.transfer.checksum import checksum
 from sophiavl_fast.rollout.transfer.receivers import register
 from sophiavl_fast.rollout.transfer.source import checkpoint_names
 
 register()
+rewind.install()
 
 
 class EngineExtension:

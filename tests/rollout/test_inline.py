@@ -55,6 +55,17 @@ def groups(host, prompts):
     return host.call(generate, prompts, HOT)
 
 
+def test_prompts_beyond_one_engine_step(host, folder, model):
+    """11,000 tokens where a step reads 8,192: a seeded request whose prompt is read in parts answers as it does with room."""
+    prompts = [tiny.prompt(folder, f"part{i}", f"{i} " + "what is this? " * 18) for i in range(40)]
+    assert sum(len(p.expanded_ids) for p in prompts) > 10_000
+    once = HOT | {"n": 1}
+    together = host.call(generate, prompts, once)
+    apart = [group for first in range(0, 40, 10) for group in host.call(generate, prompts[first:first + 10], once)]
+    assert [g.responses[0].token_ids for g in together] == [g.responses[0].token_ids for g in apart]
+    assert tiny.worst_difference(model, together[28:34], T) < 1e-4
+
+
 def test_logprobs_equal_hugging_face(groups, model):
     """Image, images of different sizes, text, long; temperature and bans applied; the folder's generation_config ignored."""
     assert tiny.worst_difference(model, groups, T) < 1e-4

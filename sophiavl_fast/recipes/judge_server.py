@@ -193,7 +193,7 @@ def arguments(model: Path, how: Serving, device: str) -> dict[str, Any]:
         "max_num_seqs": how.max_num_seqs, "max_num_batched_tokens": max(8192, length), "tensor_parallel_size": how.tensor_parallel,
         "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0}, "generation_config": "vllm"}
     if device == "cpu":
-        found |= {"enforce_eager": True}
+        found |= {"enforce_eager": True, "worker_extension_cls": "sophiavl_fast.rollout.worker.EngineExtension"}   # its import mends seeded samples
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             found["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     else:

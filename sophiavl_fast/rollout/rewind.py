@@ -20,10 +20,11 @@ def install() -> None:
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    if not hasattr(CPUModelRunner, "sophia_rewinds"):
-        CPUModelRunner.sophia_rewinds = True
-        CPUModelRunner._sample = _restoring(CPUModelRunner._sample)
-        CPUModelRunner._bookkeeping_sync = _without_offsets(CPUModelRunner._bookkeeping_sync)
+    runner: Any = CPUModelRunner
+    if not hasattr(runner, "sophia_rewinds"):
+        runner.sophia_rewinds = True
+        runner._sample = _restoring(runner._sample)
+        runner._bookkeeping_sync = _without_offsets(runner._bookkeeping_sync)
 
 
 def _restoring(sample: Any) -> Any:

@@ -4,13 +4,14 @@
     scripts/verify_node.sh --dry-run                        two processes over gloo on the demo's tiny model, no GPU
 
 Three real runs of the recipe on the demo's pictures, each a few steps: trainer and engines on different GPUs (nccl), an engine on each trainer's own
-GPU (ipc), both compared with plain transformers at every step; then greedy answers of vLLM and of transformers from the exported folder. With
+GPU (ipc; one a replica), both compared with plain transformers at every step; then greedy answers of vLLM and of transformers from the exported folder. With
 --dry-run the two runs go over gloo: two tensor-parallel ranks with two engines, two replicas with an engine each.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def main() -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(a.work or temporary)
-        plan = dry_plan(a.steps) if a.dry_run else gpu_plan(a.gpus, a.steps)
+        plan = dry_plan(a.steps) if a.dry_run else gpu_plan(a.gpus, a.steps, key_heads(a.model))
         model = prepare(work, a.model)
         runs = {name: run(work, model, name, processes, [*plan.shared, *settings], plan) for name, (processes, settings) in plan.runs.items()}
         found = {"dry_run": a.dry_run, "model": str(a.model or "the demo's tiny model"), "dtype": plan.dtype, "runs": runs,
@@ -74,14 +75,28 @@ def dry_plan(steps: int) -> Plan:
                 ["rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_new_tokens=32", *common_settings])
 
 
-def gpu_plan(gpus: int, steps: int) -> Plan:
+def gpu_plan(gpus: int, steps: int, keys: int = 4) -> Plan:
+    """keys: the model's key heads, which bound how many ranks share its weights: a rank that holds 7B alone has no room for an engine on 80 GB."""
     half = gpus // 2
-    tensor = next(t for t in (4, 2, 1) if half % t == 0)      # divides the key heads of every model up to 72B
-    engines = half // (half // tensor)
-    shared = ["device=cuda", "rollout.engine=server", "rollout.prompts_per_step=32", "rollout.n=8", "rollout.max_new_tokens=256", "policy.recompute=true"]
-    apart = [f"parallel.tensor={tensor}", f"rollout.engines={engines}", f"rollout.gpus={list(range(half, gpus))}", "rollout.transfer=nccl",
+    split = {count: next(t for t in (4, 2, 1) if count % t == 0 and keys % t == 0) for count in (half, gpus)}
+    replicas = math.lcm(*(count // tensor for count, tensor in split.items()))
+    prompts = -(-32 // replicas) * replicas                   # every replica of either run gets as many
+    shared = ["device=cuda", "rollout.engine=server", f"rollout.prompts_per_step={prompts}", "rollout.n=8", "rollout.max_new_tokens=256",
+              "policy.recompute=true"]
+    apart = [f"parallel.tensor={split[half]}", f"rollout.engines={split[half]}", f"rollout.gpus={list(range(half, gpus))}", "rollout.transfer=nccl",
              "rollout.gpu_memory_utilization=0.8"]
-    return Plan({"nccl": (half, apart), "ipc": (gpus, ["rollout.transfer=ipc", "rollout.gpu_memory_utilization=0.3"])}, "bfloat16", steps, shared)
+    beside = [f"parallel.tensor={split[gpus]}", "rollout.transfer=ipc", "rollout.gpu_memory_utilization=0.3"]
+    return Plan({"nccl": (half, apart), "ipc": (gpus, beside)}, "bfloat16", steps, shared)
+
+
+def key_heads(model: str) -> int:
+    from sophiavl_fast.errors import UserError
+    from sophiavl_fast.monitor import shapes
+
+    try:
+        return shapes.read(model).language.key_heads
+    except UserError as error:
+        raise SystemExit(f"verify_node: {error}") from None
 
 
 def prepare(work: Path, model: str) -> Path:

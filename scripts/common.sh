@@ -25,7 +25,17 @@ options() {
 
 need() { local name; for name in "$@"; do [ -n "${!name:-}" ] || fail "$name is not set; see --help"; done; }
 
-count_gpus() { nvidia-smi -L 2>/dev/null | wc -l; }
+# whole LEAST NAME...: each names a variable that holds a number, unless it is unset or empty
+whole() {
+    local least=$1 name
+    shift
+    for name in "$@"; do
+        [ -z "${!name:-}" ] || [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ && ${!name} -ge $least ]] ||
+            fail "$name = '${!name}': expected a whole number of at least $least"
+    done
+}
+
+count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true; }
 
 # host names of a Slurm list; without Slurm (a dry run) a plain comma-separated one
 node_names() { if command -v scontrol >/dev/null; then scontrol show hostnames "$1"; else tr , '\n' <<<"$1"; fi; }

@@ -9,6 +9,7 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=scripts/common.sh
 source "$here/scripts/common.sh"
 options "$usage" "$@" && set -- "${rest[@]}"
+whole 1 GPUS
 gpus=${GPUS:-$(count_gpus)}
 [ "$gpus" -gt 0 ] || fail "no GPU found; set GPUS to the number of processes"
 launch "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m sophiavl_fast train "$@"

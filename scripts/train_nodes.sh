@@ -11,6 +11,8 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 source "$here/scripts/common.sh"
 options "$usage" "$@" && set -- "${rest[@]}"
 need NODES NODE_RANK HEAD
+whole 1 NODES GPUS PORT
+whole 0 NODE_RANK
 [ "$NODE_RANK" -lt "$NODES" ] || fail "NODE_RANK = $NODE_RANK: must be below NODES = $NODES"
 gpus=${GPUS:-$(count_gpus)}
 [ "$gpus" -gt 0 ] || fail "no GPU found; set GPUS to the number of processes a node"

@@ -7,7 +7,7 @@
 set -euo pipefail
 usage="usage: sbatch --nodes 4 --gpus-per-node 8 scripts/train_split_slurm.sh [--dry-run] CONFIG [a.b=value ...]
   ROLLOUT_NODES  nodes that hold engines (default 1)   ENGINES  engines a rollout node (default: GPUS / ENGINE_GPUS)
-  ENGINE_GPUS    GPUs an engine (default 1)            GPUS     GPUs a node (default 8)
+  ENGINE_GPUS    GPUs an engine (default: rollout.tensor_parallel)   GPUS     GPUs a node (default 8)
   PORT           first of ENGINES x ROLLOUT_NODES + 1 free ports (default 29500)   PYTHON  interpreter
 The nodes must let each other in by ssh without a password; run.dir must lie on a filesystem that all share."
 here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
@@ -15,11 +15,28 @@ here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 source "$here/scripts/common.sh"
 options "$usage" "$@" && set -- "${rest[@]}"
 need SLURM_JOB_NODELIST
-gpus=${GPUS:-8} size=${ENGINE_GPUS:-1} apart=${ROLLOUT_NODES:-1} port=${PORT:-29500}
-engines=${ENGINES:-$((gpus / size))}
+whole 1 GPUS ENGINE_GPUS ROLLOUT_NODES ENGINES PORT
+gpus=${GPUS:-8} apart=${ROLLOUT_NODES:-1} port=${PORT:-29500}
 mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
 count=${#nodes[@]}
 [ "$apart" -lt "$count" ] || fail "ROLLOUT_NODES = $apart of $count nodes: none is left for the trainer"
+# the configuration is read as the trainer will read it, before an engine starts
+parallel=$("$python" - "$(((count - apart) * gpus))" "$@" rollout.transfer=nccl <<'END'
+import sys
+
+from sophiavl_fast import config, errors
+
+try:
+    print(config.load(sys.argv[2], sys.argv[3:], world_size=int(sys.argv[1])).rollout.tensor_parallel)
+except errors.UserError as error:
+    print(f"train_split_slurm.sh: {error}", file=sys.stderr)
+    sys.exit(2)
+END
+)
+size=${ENGINE_GPUS:-$parallel}
+[ "$parallel" -eq 1 ] || [ "$parallel" -eq "$size" ] || fail "ENGINE_GPUS = $size, but rollout.tensor_parallel = $parallel: leave one of them out"
+[ "$size" -le "$gpus" ] || fail "ENGINE_GPUS = $size (rollout.tensor_parallel): more than GPUS = $gpus of a node"
+engines=${ENGINES:-$((gpus / size))}
 [ $((engines * size)) -le "$gpus" ] || fail "ENGINES = $engines x ENGINE_GPUS = $size: more than GPUS = $gpus"
 trainers=("${nodes[@]:0:count-apart}") rollouts=("${nodes[@]:count-apart}")
 list() { local IFS=,; echo "$*"; }

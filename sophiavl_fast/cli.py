@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sophiavl_fast import __version__, config, reward_commands
+from sophiavl_fast import __version__, config, config_checks, reward_commands
 from sophiavl_fast.compat.quiet import quiet
 from sophiavl_fast.errors import EngineError, UserError
 
@@ -108,6 +108,7 @@ def _train(a) -> int:
     muster.before_it()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tree = config.load(a.config, a.overrides, world_size=world)
+    config_checks.check_start(tree, os.environ)
     budget.require(tree, world)
     if tree.recipe == "sft":
         from sophiavl_fast.recipes.sft import train

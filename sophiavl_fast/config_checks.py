@@ -1,15 +1,20 @@
 """What of a configuration (config.Config) can be refused before a model loads: values out of range, combinations that cannot run."""
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sophiavl_fast import config_ranges
 from sophiavl_fast.errors import UserError, nearest
 
+TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
+
 
 def check(config: Any, world_size: int = 1) -> None:
-    """Everything that can be refused before a model loads. Raises UserError."""
+    """Everything that can be refused before a model loads; `check_start` adds what a run needs around it. Raises UserError."""
     c, p = config, config.parallel
     config_ranges.check(c.model_dump())
     if c.model.min_pixels is not None and c.model.max_pixels is not None and c.model.min_pixels > c.model.max_pixels:
@@ -54,9 +59,16 @@ def _check_rl(c: Any, replicas: int, world_size: int) -> None:
             raise UserError(f"rollout.transfer = {c.rollout.transfer} needs rollout.engine: server; inline uses inproc")
         if c.rollout.engines > 1 or c.rollout.gpus:
             raise UserError("rollout.engines and rollout.gpus are for spawned servers; use rollout.engine=server")
+        if c.rollout.tensor_parallel > 1:
+            raise UserError(f"rollout.tensor_parallel = {c.rollout.tensor_parallel}: rollout.engine: inline is an engine of one device in the trainer's "
+                            "process; use rollout.engine=server with rollout.gpus or rollout.urls")
     elif c.rollout.transfer == "inproc":
         raise UserError("rollout.transfer = inproc needs rollout.engine: inline")
+    elif c.rollout.transfer in ("nccl", "ipc") and c.device == "cpu":
+        raise UserError(f"rollout.transfer = {c.rollout.transfer} needs a GPU; on device: cpu use gloo (or auto)")
     _check_engines(c.rollout, replicas)
+    if c.rollout.urls and not c.debug.replay:
+        _check_urls(c.rollout.urls, replicas)
     if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
         holder = "debug.replay starts no engine" if c.debug.replay else "rollout.engine: inline shares the trainer's process"
         raise UserError(f"rollout.staleness = {c.rollout.staleness}, but {holder}; sampling ahead needs rollout.engine: server")
@@ -100,6 +112,37 @@ def _check_served_judge(c: Any) -> None:
         raise UserError(f"thinking.sleep: true needs rollout.staleness: 0 (it is {c.rollout.staleness}): a judge of rollouts ahead is never idle")
 
 
+def even_stages(layers: int, pipeline: int, first: int = 0) -> list[int]:
+    """Layers of each pipeline stage, later ones taking what is left over; the first has `first` of them at least."""
+    shares = [layers // pipeline + (i >= pipeline - layers % pipeline) for i in range(pipeline)]
+    return shares if shares[0] >= first or pipeline == 1 else [first, *even_stages(layers - first, pipeline - 1)]
+
+
+def check_layout(parallel: Any, *, heads: int, key_heads: int, ffn: int, layers: int, deepstack: int, family: str) -> None:
+    """What a model's sizes rule out of parallel.tensor, pipeline and stages (a vocabulary is padded). Raises UserError.
+
+    deepstack: the number of first layers to which the family adds image features, all on the first stage.
+    """
+    tensor, n, wish = parallel.tensor, parallel.pipeline, parallel.stages
+    common = math.gcd(heads, key_heads, ffn)
+    for key, size in {"num_attention_heads": heads, "num_query_groups": key_heads, "ffn_hidden_size": ffn}.items():
+        if size % tensor:
+            valid = ", ".join(str(t) for t in range(1, common + 1) if common % t == 0)
+            raise UserError(f"parallel.tensor = {tensor} does not divide the model's {key} = {size}; valid: {valid}")
+    if n > layers:
+        raise UserError(f"parallel.pipeline = {n} is more than the model's {layers} layers; at most {layers} stages hold one each")
+    shares, better = wish or even_stages(layers, n), even_stages(layers, n, deepstack)
+    possible = min(better) > 0
+    if len(shares) != n or sum(shares) != layers or min(shares) < 1:
+        raise UserError(f"parallel.stages = {shares}: parallel.pipeline = {n} wants {n} shares of at least one layer, {layers} in all"
+                        f"{f', such as {better}' * possible}")
+    if not wish and layers % n and possible:
+        raise UserError(f"parallel.pipeline = {n} does not divide the model's {layers} layers; set the shares by parallel.stages={better}")
+    if shares[0] < deepstack:
+        raise UserError(f"the first pipeline stage holds {shares[0]} layers, but {family} adds image features to its first {deepstack} "
+                        f"(DeepStack): lower parallel.pipeline = {n}, or begin parallel.stages with at least {deepstack}{f', such as {better}' * possible}")
+
+
 def refuse_no_model(path: str | Path, what: str = "") -> None:
     """UserError for a folder that holds no model; `what`: the key that names it."""
     folder = Path(path)
@@ -122,6 +165,49 @@ def _check_engines(r: Any, replicas: int) -> None:
         raise UserError(f"rollout.sleep: true needs {why}")
     if r.gpus and r.transfer == "ipc":
         raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
+
+
+def _check_urls(urls: list[str], replicas: int) -> None:
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:      # a port or an address in brackets that is none
+            usable = False
+        if not usable:
+            raise UserError(f"rollout.urls: '{url}' is no server's URL, such as http://127.0.0.1:8000")
+    if len(urls) < replicas:
+        raise UserError(f"rollout.urls names {len(urls)} servers for {replicas} data-parallel replicas; each replica needs its own")
+
+
+def check_start(config: Any, environ: Mapping[str, str]) -> None:
+    """What a run must find where it starts, and a configuration that is only read need not: room for its engines, a token. Raises UserError."""
+    check_placement(config)
+    if config.recipe == "rl" and config.rollout.urls and not config.debug.replay and not environ.get(TOKEN_VARIABLE):
+        raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
+
+
+def check_placement(config: Any) -> None:
+    """Refuse (UserError) engines that have no GPU of their own; a server started by hand (rollout.serve) has them all, so `check` lets it pass."""
+    r = config.rollout
+    wide, apart, beside = r.engines * r.tensor_parallel > 1, r.transfer in ("nccl", "ipc"), not r.gpus and not r.urls
+    if config.recipe != "rl" or config.debug.replay or not (apart or (wide and beside)):
+        return
+    if not _on_gpus(config.device):
+        if apart:
+            raise UserError(f"rollout.transfer = {r.transfer} needs a GPU, and there is none; on a CPU use gloo (or auto)")
+    elif wide and beside:
+        key, size = ("tensor_parallel", r.tensor_parallel) if r.tensor_parallel > 1 else ("engines", r.engines)
+        raise UserError(f"rollout.{key} = {size}: beside the trainer a replica has one engine, on its first rank's GPU alone; give engines GPUs of their own "
+                        "by rollout.gpus, or name running servers in rollout.urls")
+
+
+def _on_gpus(device: str) -> bool:
+    if device != "auto":
+        return bool(device == "cuda")
+    from torch import cuda
+
+    return cuda.is_available()
 
 
 def _check_sampling(c: Any) -> None:

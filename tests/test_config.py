@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sophiavl_fast import config, config_ranges
+from sophiavl_fast import cli, config, config_checks, config_ranges
 from sophiavl_fast.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -63,6 +63,13 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["rollout.engines=2", "rollout.urls=[http://127.0.0.1:8000]"], "rollout.engines and rollout.gpus have nothing to act on"),
     (GOOD, ["rollout.engines=2", "rollout.gpus=[1]"], "need 2 different GPUs"),
     (GOOD, ["rollout.gpus=[1]", "rollout.transfer=ipc"], "ipc reaches engines on the trainer's own GPU only"),
+    (GOOD, ["rollout.engine=inline", "rollout.tensor_parallel=2"], "rollout.tensor_parallel = 2: rollout.engine: inline is an engine of one device"),
+    (GOOD, ["device=cpu", "rollout.transfer=nccl"], "rollout.transfer = nccl needs a GPU; on device: cpu use gloo (or auto)"),
+    (GOOD, ["device=cpu", "rollout.transfer=ipc"], "rollout.transfer = ipc needs a GPU"),
+    (GOOD, ["rollout.urls=[127.0.0.1:8000]"], "rollout.urls: '127.0.0.1:8000' is no server's URL, such as http://127.0.0.1:8000"),
+    (GOOD, ["rollout.urls=['http://']"], "rollout.urls: 'http://' is no server's URL"),
+    (GOOD, ["rollout.urls=[ftp://h:1]"], "rollout.urls: 'ftp://h:1' is no server's URL"),
+    (GOOD, ["rollout.urls=['http://h:80a']"], "rollout.urls: 'http://h:80a' is no server's URL"),
     (GOOD, ["rollout.sleep=true", "rollout.staleness=1"], "rollout.sleep: true needs rollout.staleness: 0 (it is 1)"),
     (GOOD, ["rollout.sleep=true", "rollout.urls=[http://127.0.0.1:8000]"], "rollout.sleep: true needs engines on the trainer's own GPUs"),
     (GOOD, ["rollout.sleep=true", "rollout.gpus=[1]"], "the memory of those on rollout.gpus is of no use"),
@@ -96,6 +103,40 @@ def test_bad_input_is_one_line(tmp_path, text, overrides, expected):
     with pytest.raises(UserError) as error:
         config.load(write(tmp_path, text), overrides, environ={})
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_replica_has_a_server_of_its_own(tmp_path):
+    path, servers = write(tmp_path, GOOD), "rollout.urls=[http://a:1,https://b]"
+    config.load(path, [servers, "parallel.tensor=2"], world_size=4)
+    config.load(path, [servers, "debug.replay=r"], world_size=4)      # starts none
+    with pytest.raises(UserError, match=r"rollout.urls names 2 servers for 4 data-parallel replicas; each replica needs its own$"):
+        config.load(path, [servers], world_size=4)
+
+
+@pytest.mark.parametrize("overrides,environ,expected", [
+    (["device=cuda", "rollout.engines=2"], {}, "rollout.engines = 2: beside the trainer a replica has one engine, .* rollout.gpus"),
+    (["device=cuda", "rollout.tensor_parallel=2", "rollout.engines=2"], {}, "rollout.tensor_parallel = 2: beside the trainer .* rollout.urls$"),
+    (["rollout.urls=[http://a:1]"], {}, "not the environment variable SOPHIAVL_ROLLOUT_TOKEN with the servers' token$"),
+    (["device=cuda", "rollout.urls=[http://a:1]", "rollout.tensor_parallel=2"], {config_checks.TOKEN_VARIABLE: "t"}, None),
+    (["device=cuda", "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.gpus=[4,5,6,7]"], {}, None),
+    (["device=cuda", "rollout.engines=2", "debug.replay=r"], {}, None),
+    (["device=cuda", "rollout.engines=2", "recipe=sft"], {}, None),
+    (["device=cuda"], {}, None),
+    (["device=cpu", "rollout.engines=2", "rollout.tensor_parallel=2"], {}, None),     # shares of its cores
+], ids=str)
+def test_engines_have_a_place_before_a_run_starts(tmp_path, overrides, environ, expected):
+    """What `train` refuses of a configuration that may well be read, on machines without its GPUs and servers."""
+    tree = config.load(write(tmp_path, GOOD), overrides)
+    if expected is None:
+        return config_checks.check_start(tree, environ)
+    with pytest.raises(UserError, match=expected):
+        config_checks.check_start(tree, environ)
+
+
+def test_train_asks_for_the_token_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(config_checks.TOKEN_VARIABLE, raising=False)
+    assert cli.main(["train", str(write(tmp_path, GOOD)), "rollout.urls=[http://127.0.0.1:1]", f"run.dir={tmp_path / 'run'}"]) == 2
+    assert config_checks.TOKEN_VARIABLE in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_every_range_is_of_a_number_that_exists():

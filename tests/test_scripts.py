@@ -1,6 +1,7 @@
 """The launchers: what they would run, what they refuse, and that bash can read them."""
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+SPLIT = ("configs/demo.yaml", "device=cuda", "rollout.engine=server")     # what trainer and engines on different nodes need
 LAUNCHERS = ("train_node.sh", "train_nodes.sh", "train_slurm.sh", "train_split_slurm.sh")
 
 
@@ -47,8 +49,7 @@ def test_slurm():
 
 
 def test_trainer_and_engines_on_different_nodes():
-    *engines, trainer = commands("train_split_slurm.sh", "configs/demo.yaml", "run.steps=5", SLURM_JOB_NODELIST="a,b,c,d", GPUS="8", ENGINE_GPUS="4",
-                                   ROLLOUT_NODES="2")
+    *engines, trainer = commands("train_split_slurm.sh", *SPLIT, "run.steps=5", SLURM_JOB_NODELIST="a,b,c,d", GPUS="8", ENGINE_GPUS="4", ROLLOUT_NODES="2")
     placed = [(words[words.index("--nodelist") + 1], next(w for w in words if w.startswith("CUDA_VISIBLE")), words[-3]) for words in engines]
     assert placed == [("c", "CUDA_VISIBLE_DEVICES=0,1,2,3", "rollout.port=29501"), ("c", "CUDA_VISIBLE_DEVICES=4,5,6,7", "rollout.port=29502"),
                       ("d", "CUDA_VISIBLE_DEVICES=0,1,2,3", "rollout.port=29503"), ("d", "CUDA_VISIBLE_DEVICES=4,5,6,7", "rollout.port=29504")]
@@ -57,8 +58,52 @@ def test_trainer_and_engines_on_different_nodes():
     step = trainer[trainer.index("-c") + 1]
     assert "29503:127.0.0.1:29503@d" in step and subprocess.run(["bash", "-n"], input=step, text=True).returncode == 0
     assert not [w for words in (*engines, trainer) for w in words if "TOKEN" in w], "a command line is for everybody to read"
-    done = script("train_split_slurm.sh", "--dry-run", "configs/demo.yaml", SLURM_JOB_NODELIST="a", GPUS="8")
+    done = script("train_split_slurm.sh", "--dry-run", *SPLIT, SLURM_JOB_NODELIST="a", GPUS="8")
     assert done.returncode == 2 and "none is left for the trainer" in done.stderr
+
+
+def test_an_engines_gpus_are_its_tensor_parallel_size():
+    """Said by the configuration or by ENGINE_GPUS; a trainer of several ranks a replica leaves the server's own process alone."""
+    engine, *_ = commands("train_split_slurm.sh", *SPLIT, "rollout.tensor_parallel=4", "parallel.tensor=4", SLURM_JOB_NODELIST="a,b", GPUS="4")
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3" in engine and "rollout.tensor_parallel=4" in engine[-3:]
+    done = script("train_split_slurm.sh", "--dry-run", *SPLIT, "rollout.tensor_parallel=4", SLURM_JOB_NODELIST="a,b", ENGINE_GPUS="2")
+    assert (done.returncode, done.stdout) == (2, "") and "ENGINE_GPUS = 2, but rollout.tensor_parallel = 4: leave one of them out" in done.stderr
+
+
+def test_a_server_by_hand_takes_a_configuration_of_many_ranks(monkeypatch):
+    """Its own process is no rank of the trainer: it gets as far as the token, which is not there."""
+    from sophiavl_fast.errors import UserError
+    from sophiavl_fast.rollout import serve
+
+    monkeypatch.delenv(serve.TOKEN_VARIABLE, raising=False)
+    with pytest.raises(UserError, match=f"set the environment variable {serve.TOKEN_VARIABLE}"):
+        serve.main([str(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml"), "rollout.tensor_parallel=4", "rollout.transfer=nccl"])
+
+
+NODES = {"NODES": "2", "NODE_RANK": "0", "HEAD": "first", "GPUS": "8"}
+JOB = {"SLURM_JOB_NODELIST": "a,b", "GPUS": "8"}
+
+
+@pytest.mark.parametrize("name,environment,expected", [
+    ("train_node.sh", {}, "no GPU found; set GPUS to the number of processes"),
+    ("train_nodes.sh", NODES | {"GPUS": ""}, "no GPU found; set GPUS to the number of processes a node"),
+    ("train_node.sh", {"GPUS": "abc"}, "GPUS = 'abc': expected a whole number of at least 1"),
+    ("train_nodes.sh", NODES | {"NODE_RANK": "-1"}, "NODE_RANK = '-1': expected a whole number of at least 0"),
+    ("train_nodes.sh", NODES | {"NODE_RANK": "y"}, "NODE_RANK = 'y': expected a whole number"),
+    ("train_nodes.sh", NODES | {"NODES": "08"}, "NODES = '08': expected a whole number"),
+    ("train_slurm.sh", JOB | {"GPUS": "0"}, "GPUS = '0': expected a whole number of at least 1"),
+    ("train_split_slurm.sh", JOB | {"ROLLOUT_NODES": "0"}, "ROLLOUT_NODES = '0': expected a whole number of at least 1"),
+    ("train_split_slurm.sh", JOB | {"ENGINE_GPUS": "16"}, "ENGINE_GPUS = 16 (rollout.tensor_parallel): more than GPUS = 8 of a node"),
+    ("train_split_slurm.sh", JOB | {"ENGINES": "0"}, "ENGINES = '0': expected a whole number of at least 1"),
+    ("train_split_slurm.sh", JOB | {"GPUS": "6"}, "rollout.prompts_per_step = 32 does not divide over 6 data-parallel replicas"),
+], ids=str)
+def test_counts_that_start_nothing_are_one_line(tmp_path, name, environment, expected):
+    """On a machine without nvidia-smi; nothing is shown that would be run."""
+    for tool in ("bash", "dirname", "basename", "grep", "tr"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done = script(name, "--dry-run", *SPLIT, **environment, PATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(f"{name}: {expected}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", [*LAUNCHERS, "verify_node.sh"])

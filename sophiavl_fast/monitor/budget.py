@@ -132,12 +132,16 @@ def fits(found: list[Need], config: Config, device: Device) -> bool:
 
 
 def require(config: Config, world: int, device: Device | None = None) -> None:
-    """Refuse (UserError) or warn of, by memory.check, a run whose predicted peak does not fit; models that the plan cannot read are left to the policy."""
-    if config.memory.check == "off":
-        return
+    """Refuse (UserError) a layout that the model rules out, and, by memory.check, refuse or warn of a run whose predicted peak does not fit.
+
+    Models that the plan cannot read are left to the policy.
+    """
     try:
         sizes = shapes.read(config.model.path)
     except UserError:
+        return
+    shapes.check_layout(sizes, config.parallel)
+    if config.memory.check == "off":
         return
     device = device or _this_device(config)
     if device.assumed:
@@ -171,7 +175,7 @@ def advice(config: Config, sizes: Sizes, world: int, device: Device) -> str:
             found = needs(other, sizes, processes, device)
             if fits(found, other, device):
                 more = f" on {processes} processes" if processes != world else ""
-                best = cost, f"{' '.join(changes)}{more}", max(n.bytes for n in found)
+                best = cost, f"{' '.join(changes) or 'the same'}{more}", max(n.bytes for n in found)
     if best is None:
         alone = max(n.bytes - n.items["engine"] for n in needs(config, sizes, world, device))
         if device.cuda and alone <= config.memory.fraction * device.bytes:
@@ -197,9 +201,12 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
         changes = [f"{key}={str(new).lower()}" for key, (old, new) in wanted.items() if old != new]
         if not changes and count == world:
             continue
+        data = p.data if p.data == count // (t * s * p.context) else None       # what the new layout contradicts goes, and is named
+        stages = p.stages if s == p.pipeline else None
+        changes += [f"parallel.{key}=null" for key, old, new in (("data", p.data, data), ("stages", p.stages, stages)) if old != new]
         other = config.model_copy(update={
             "rollout": r.model_copy(update={"sleep": sleep}),
-            "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": None, "stages": p.stages if s == p.pipeline else None}),
+            "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": data, "stages": stages}),
             "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "offload_optimizer": state, "tokens_per_row": tokens})})
         if _possible(other, sizes, count):
             steps = abs(t.bit_length() - p.tensor.bit_length()) + 1.5 * abs(s.bit_length() - p.pipeline.bit_length())
@@ -211,12 +218,8 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
 
 def _possible(config: Config, sizes: Sizes, world: int) -> bool:
     """Whether the layout can run this model at all."""
-    m, p = sizes.language, config.parallel
-    if m.heads % p.tensor or m.key_heads % p.tensor or m.ffn % p.tensor or (p.stages is None and m.layers % p.pipeline):
-        return False
-    if shapes.layers_of(m.layers, p)[0] < sizes.vision.deepstack:
-        return False
     try:
+        shapes.check_layout(sizes, config.parallel)
         tree.check(config, world)
     except UserError:
         return False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sophiavl_fast
 from sophiavl_fast import config as tree
+from sophiavl_fast import config_checks, model_folder
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError, nearest
 from sophiavl_fast.monitor import budget, shapes
@@ -19,33 +20,47 @@ PACKAGED_REGISTRY = Path(sophiavl_fast.__file__).parent / "data" / "dataset_info
 def rows(config: Config, gpus: list[dict]) -> list[Row]:
     """One row each for the model, every dataset, the layout, the memory of each pipeline stage's ranks, and the engine's."""
     world = int(os.environ.get("WORLD_SIZE", 0)) or max(1, len(gpus) if config.device != "cpu" else 1)
-    out = [_model(config), *_datasets(config), _layout(config, world)]
+    out = [_model(config), *_datasets(config)]
     try:
         sizes = shapes.read(config.model.path)
     except UserError as error:
+        out.append(_layout(config, world, None))
         return [*out, Row("memory of a rank", "WARN", str(error), "the plan needs the model's sizes")] if out[0].status != "FAIL" else out
+    out.append(_layout(config, world, sizes))
     return out + _memory(config, sizes, world, gpus) if out[-1].status == "OK" else out
 
 
 def count_parameters(folder: Path) -> int:
-    """Parameters in the folder's safetensors files, read from their headers alone; 0 where there are none."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    """Parameters in the folder's safetensors files, read from their headers alone; 0 where there are none. Raises UserError for a spoilt file."""
+    return sum(sum(math.prod(entry["shape"]) for entry in _header(file).values()) for file in sorted(folder.glob("*.safetensors")))
+
+
+def _header(file: Path) -> dict[str, dict]:
+    """Tensors of a safetensors file, held against its length. Raises UserError where it is none or cut short."""
+    try:
+        size = file.stat().st_size
         with file.open("rb") as raw:
-            header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+            length = int.from_bytes(raw.read(8), "little")
+            if not 2 <= length <= size - 8:  # a text file, such as git-lfs leaves in a large file's place, begins with some number beyond its end
+                raise ValueError(f"{size} bytes without a header")
+            found = {name: entry for name, entry in json.loads(raw.read(length)).items() if name != "__metadata__"}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
+        if end > size:
+            raise ValueError(f"{size} bytes of {end}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{file}' is cut short or no safetensors file ({error})") from None
 
 
 def _model(config: Config) -> Row:
     folder = Path(config.model.path)
-    parameters = count_parameters(folder)
     if not folder.is_dir():
         return Row("model", "FAIL", f"'{folder}' does not exist", "model.path names a Hugging Face folder on disk")
     try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError) as error:
-        return Row("model", "FAIL", f"'{folder}/config.json' cannot be used: {error}", "download the whole Hugging Face folder")
+        kind, parameters = model_folder.read(folder).get("model_type"), count_parameters(folder)
+        model_folder.refuse_partial(folder)
+    except UserError as error:
+        return Row("model", "FAIL", str(error), "download the whole Hugging Face folder (git-lfs leaves pointers: `git lfs pull`)")
     if not parameters:
         return Row("model", "FAIL", f"'{folder}' holds no safetensors weights", "download the whole Hugging Face folder")
     return Row("model", "OK", f"{kind}, {parameters / 1e9:.3g} B parameters" if parameters >= 1e8 else f"{kind}, {parameters / 1e6:.3g} M parameters")
@@ -76,10 +91,13 @@ def _dataset(name: str, known: dict[str, tuple[dict, Path]]) -> Row:
     return Row(f"data {name}", "OK", str(path))
 
 
-def _layout(config: Config, world: int) -> Row:
+def _layout(config: Config, world: int, sizes: shapes.Sizes | None) -> Row:
     p = config.parallel
     try:
         tree.check(config, world)
+        config_checks.check_placement(config)
+        if sizes:
+            shapes.check_layout(sizes, p)
     except UserError as error:
         return Row("layout", "FAIL", str(error), f"counted {world} processes; torchrun sets WORLD_SIZE")
     share = f" × context {p.context}" if p.context > 1 else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sophiavl_fast import config_checks, model_folder
 from sophiavl_fast.config import Parallel
 from sophiavl_fast.errors import UserError
 
@@ -91,8 +92,14 @@ class Sizes:
 
 def layers_of(layers: int, parallel: Parallel) -> list[int]:
     """Layers of each pipeline stage; what does not divide is spread as the policy's own message would have it."""
-    p = parallel.pipeline
-    return list(parallel.stages or [layers // p + (i >= p - layers % p) for i in range(p)])
+    return list(parallel.stages or config_checks.even_stages(layers, parallel.pipeline))
+
+
+def check_layout(sizes: Sizes, parallel: Parallel) -> None:
+    """Raises UserError for a layout that these sizes rule out, as the policy does once it has the model."""
+    m = sizes.language
+    config_checks.check_layout(parallel, heads=m.heads, key_heads=m.key_heads, ffn=m.ffn, layers=m.layers, deepstack=sizes.vision.deepstack,
+                               family=sizes.vision.family)
 
 
 def read(path: str | Path) -> Sizes:
@@ -108,6 +115,7 @@ def read(path: str | Path) -> Sizes:
         raise UserError(f"model.path = '{folder}': config.json cannot be used: {' '.join(str(error).split())[:200]}") from None
     if found.model_type not in SUPPORTED:
         raise UserError(f"model.path = '{folder}': model_type '{found.model_type}' is not supported; supported: {', '.join(SUPPORTED)}")
+    model_folder.refuse_partial(folder)
     return Sizes(_language(found), _internvl(found) if found.model_type == "internvl" else _qwen(found))
 
 

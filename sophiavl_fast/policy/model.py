@@ -14,8 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from sophiavl_fast import config_checks
 from sophiavl_fast.config import Config
-from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import mapping
 from sophiavl_fast.policy.attention import RowPlan
 from sophiavl_fast.policy.backbone import build_backbone
@@ -129,24 +129,10 @@ def _mark_vision(model: VisionLanguageModel, frozen: bool, average: bool) -> Non
 
 def check_layout(family: Family, config: Config) -> dict[str, Any]:
     """Fields of megatron's config for the layers of each pipeline stage. Raises UserError for sizes that do not divide, shares that cannot be."""
-    fields, tensor = family.transformer(), config.parallel.tensor
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if fields[key] % tensor:
-            raise UserError(f"parallel.tensor = {tensor} does not divide the model's {key} = {fields[key]}")
-    return _stages(config.parallel.stages, fields["num_layers"], config.parallel.pipeline, family)
-
-
-def _stages(wish: list[int] | None, layers: int, pipeline: int, family: Family) -> dict[str, Any]:
-    if wish is None and layers % pipeline:
-        even = [layers // pipeline + (i >= pipeline - layers % pipeline) for i in range(pipeline)]
-        raise UserError(f"parallel.pipeline = {pipeline} does not divide the model's {layers} layers; set the shares by parallel.stages={even}")
-    shares = wish or [layers // pipeline] * pipeline
-    if len(shares) != pipeline or sum(shares) != layers or min(shares) < 1:
-        raise UserError(f"parallel.stages = {shares}: parallel.pipeline = {pipeline} wants {pipeline} shares of at least one layer, {layers} in all")
-    if shares[0] < family.deepstack:
-        raise UserError(f"the first pipeline stage holds {shares[0]} layers, but {family.name} adds image features to its first {family.deepstack} "
-                        f"(DeepStack): lower parallel.pipeline = {pipeline}, or begin parallel.stages with at least {family.deepstack}")
-    if wish is None or pipeline == 1:
+    fields, wish = family.transformer(), config.parallel.stages
+    config_checks.check_layout(config.parallel, heads=fields["num_attention_heads"], key_heads=fields["num_query_groups"], ffn=fields["ffn_hidden_size"],
+                               layers=fields["num_layers"], deepstack=family.deepstack, family=family.name)
+    if not wish or config.parallel.pipeline == 1:
         return {}
-    layout = [["decoder"] * share for share in shares]
+    layout = [["decoder"] * share for share in wish]
     return {"pipeline_model_parallel_layout": [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]}

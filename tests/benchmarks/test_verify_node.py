@@ -24,14 +24,35 @@ def test_what_fails_is_said(change, greedy, expected):
     assert verify_node.table(found | {"failures": expected}).endswith("; ".join(expected) or "passed")
 
 
-def test_the_plans_of_a_node():
-    """Half of the GPUs for engines, each its own; nothing that the config would refuse."""
+def loaded(plan, processes, settings):
     from sophiavl_fast import config
 
-    for gpus in (2, 4, 6, 8):
-        for processes, settings in verify_node.gpu_plan(gpus, 4).runs.values():
-            tree = config.load(ROOT / "configs" / "demo.yaml", ["rollout.engine=server", "rollout.prompts_per_step=48", *settings], world_size=processes)
+    return config.load(ROOT / "configs" / "demo.yaml", ["thinking.backend=off", f"model.dtype={plan.dtype}", *plan.shared, *settings], world_size=processes)
+
+
+@pytest.mark.parametrize("keys", [2, 4, 8])
+def test_the_plans_of_a_node(keys):
+    """Half of the GPUs for engines, each its own; nothing that the config would refuse, nor a model of so many key heads."""
+    from sophiavl_fast.config_checks import check_start
+
+    for gpus in (2, 4, 6, 8, 10, 12, 16):
+        plan = verify_node.gpu_plan(gpus, 4, keys)
+        for processes, settings in plan.runs.values():
+            tree = loaded(plan, processes, settings)
+            check_start(tree, {})
             assert not set(tree.rollout.gpus) & set(range(processes)) and len(tree.rollout.gpus) in (0, gpus - processes)
+            assert keys % tree.parallel.tensor == 0
+
+
+def test_a_node_of_80_gb_holds_7b(tmp_path):
+    """The example of the script's help, by the memory plan: torch sees 79.1 GiB of 80 GB."""
+    from sophiavl_fast.monitor import budget
+    from tests.monitor.published import MODELS
+
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["qwen2_5_vl_7b"][0]))
+    plan = verify_node.gpu_plan(8, 4, verify_node.key_heads(str(tmp_path)))
+    for processes, settings in plan.runs.values():
+        budget.require(loaded(plan, processes, [f"model.path={tmp_path}", *settings]), processes, budget.Device(True, 79.1 * budget.GIB, "triton"))
 
 
 @pytest.mark.slow

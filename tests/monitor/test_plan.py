@@ -296,6 +296,67 @@ def test_advice_is_never_a_layout_that_cannot_run(published):
         assert 4 % other.parallel.tensor == 0 and 28 % other.parallel.pipeline == 0   # key heads, layers
 
 
+def test_what_a_new_layout_contradicts_is_taken_back_by_the_advice(published):
+    """parallel.data and stages are for the old one; where only processes change the line says so."""
+    model = f"model.path={published('internvl3_2b')}"
+
+    def advised(gib, world, *overrides):
+        config = load(ROOT / "configs" / "trust_grpo_internvl3_2b.yaml", [model, "thinking.backend=off", *overrides], world_size=world)
+        line = budget.advice(config, shapes.read(config.model.path), world, gpu(gib))
+        *changes, rest = line.split(" would fit")[0].partition(" on ")
+        words, processes = [w for w in changes[0].split() if "=" in w], int(rest.split()[0]) if rest else world
+        better = load(ROOT / "configs" / "trust_grpo_internvl3_2b.yaml", [model, "thinking.backend=off", *overrides, *words], world_size=processes)
+        budget.require(better, processes, gpu(gib))
+        return line
+
+    assert "parallel.data=null" in advised(24, 8, "parallel.data=8")
+    assert "parallel.stages=null" in advised(24, 8, "parallel.pipeline=2", "parallel.stages=[10,18]")
+    fixed = ["parallel.pipeline=8", "parallel.tensor=2", "parallel.sequence=true", "rollout.sleep=true", "policy.offload_optimizer=true"]
+    assert "null" not in advised(24, 8, "parallel.data=8", "policy.tokens_per_row=1000000")
+    print(fixed)
+
+
+@pytest.mark.parametrize("overrides,expected", [
+    (["parallel.tensor=3"], "parallel.tensor = 3 does not divide the model's num_attention_heads = 28; valid: 1, 2, 4"),
+    (["parallel.tensor=7"], "parallel.tensor = 7 does not divide the model's num_query_groups = 4; valid: 1, 2, 4"),
+    (["parallel.pipeline=40"], "parallel.pipeline = 40 is more than the model's 28 layers; at most 28 stages hold one each"),
+    (["parallel.pipeline=3"], r"does not divide the model's 28 layers; set the shares by parallel.stages=\[9, 9, 10\]"),
+    (["parallel.pipeline=2", "parallel.stages=[28]"], r"parallel.stages = \[28\]: parallel.pipeline = 2 wants 2 shares .* such as \[14, 14\]"),
+    (["parallel.pipeline=2", "parallel.stages=[30,-2]"], r"parallel.stages = \[30, -2\]: .* 28 in all, such as \[14, 14\]"),
+    (["parallel.pipeline=2", "parallel.stages=[9,9]"], r"parallel.stages = \[9, 9\]"),
+    (["parallel.pipeline=2", "parallel.stages=[12,16]"], None),
+    (["parallel.stages=[]"], None),
+], ids=str)
+def test_a_layout_that_the_model_rules_out_is_refused_from_its_sizes(published, overrides, expected):
+    """By train, whatever memory.check says, and in the doctor's row."""
+    world = 84
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml",
+                  [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "memory.check=off", "rollout.prompts_per_step=840", "parallel.tensor=1",
+                   "parallel.sequence=false", *overrides], world_size=world if "parallel.pipeline=40" not in overrides else (world := 40))
+    row = fit._layout(config, world, shapes.read(config.model.path))
+    if expected is None:
+        budget.require(config, world, gpu(80))
+        assert row.status == "OK"
+        return
+    with pytest.raises(UserError, match=expected) as refused:
+        budget.require(config, world, gpu(80))
+    assert "\n" not in str(refused.value) and (row.status, row.found) == ("FAIL", str(refused.value))
+
+
+def test_the_first_stage_holds_deepstacks_layers(published):
+    """Qwen3-VL: three of them; what is proposed in place of the shares is itself a layout that passes."""
+    sizes = shapes.read(published("qwen3_vl_4b"))
+    for pipeline, stages in ((2, [2, 34]), (16, None), (36, None)):
+        parallel = build({"parallel": {"pipeline": pipeline, "stages": stages}}).parallel
+        with pytest.raises(UserError, match=r"first 3 \(DeepStack\)|set the shares") as refused:
+            shapes.check_layout(sizes, parallel)
+        proposed = str(refused.value).rpartition("[")[2].partition("]")[0]
+        if pipeline == 36:
+            assert "," not in proposed
+        else:
+            shapes.check_layout(sizes, parallel.model_copy(update={"stages": [int(x) for x in proposed.split(",")]}))
+
+
 def test_a_configuration_for_gpus_is_planned_without_one(published):
     """On a laptop: for GPUs of 80 GiB, and says so. train leaves it to the policy to say that there is no GPU."""
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off"], world_size=8)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.errors import UserError, nearest
 
 Prepared = tuple[str, list[int], list[int], list[Image.Image], Tensor | None, Tensor | None]
@@ -36,13 +37,16 @@ class Processor:
             siblings = [str(p) for p in path.parent.iterdir() if (p / "config.json").is_file()] if path.parent.is_dir() else []
             raise UserError(f"model.path: '{path}' is no model folder (no config.json){nearest(str(path), siblings)}")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's threads are the parallelism
-        from transformers import AutoConfig, AutoProcessor
+        from transformers import AutoProcessor
 
+        config = model_folder.open_config(path)
+        if not hasattr(config.get_text_config(), "vocab_size"):
+            raise UserError(f"model.path: '{path}': config.json cannot be used: its text_config is not one that a model_type '{config.model_type}' has; "
+                            "name the folder of a vision-language model")
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             self._hf = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             self.tokenizer, self._images = self._hf.tokenizer, self._hf.image_processor
-        except (OSError, ValueError, AttributeError, ImportError) as error:
+        except Exception as error:  # also classes of transformers' and tokenizers' own
             raise UserError(f"model.path: '{path}' has no usable vision-language processor: {' '.join(str(error).split())}") from None
         self.path = path
         self._chat_template = self._hf.chat_template or self.tokenizer.chat_template
@@ -158,6 +162,9 @@ def _stop_ids(eos: int, config: Any, path: Path) -> list[int]:
     """The tokenizer's end-of-text id first, then those of generation_config.json and config.json."""
     found: list[Any] = [eos, config.eos_token_id if hasattr(config, "eos_token_id") else None, config.get_text_config().eos_token_id]
     if (file := path / "generation_config.json").is_file():
-        found.append(json.loads(file.read_text()).get("eos_token_id"))
+        try:
+            found.append(json.loads(file.read_text()).get("eos_token_id"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"model.path: '{path}': generation_config.json cannot be read: {error}; download it again") from None
     flat = [i for item in found for i in (item if isinstance(item, list) else [item]) if i is not None]
     return list(dict.fromkeys(flat))

@@ -19,17 +19,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sophiavl_fast.compat.megatron_cpu import without_cuda
+from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import mapping
 from sophiavl_fast.policy import optimizer as adam
+from sophiavl_fast.policy.families import Family, open_family
 from sophiavl_fast.policy.policy import Policy
 
 PART_BYTES = 2 << 30
+MANIFEST = {"step": int, "updates": int, "identity": dict, "state": dict, "tensors": dict}
 COMPLETE = re.compile(r"step_(\d+)|\.step_(\d+)\.replaced")  # the latter for the instant in which a step is saved anew
 
 
@@ -64,7 +66,7 @@ def begin(policy: Policy, run_dir: str | Path, step: int) -> tuple[Path, Path]:
 
 def manifest(policy: Policy, step: int, state: dict[str, Any]) -> dict[str, Any]:
     """All of the manifest but its index of tensors."""
-    return {"step": step, "updates": policy.updates, "identity": _identity(policy), "state": state}
+    return {"step": step, "updates": policy.updates, "identity": identity(policy.config, policy.family), "state": state}
 
 
 def shares(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -121,14 +123,23 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return _manifest(Path(path))["state"]
 
 
+def refuse_unusable(path: str | Path, config: Config) -> None:
+    """UserError for a checkpoint of another model than model.path's, or with a part missing or cut short: known before any weight is loaded."""
+    folder = Path(path)
+    found = _manifest(folder)
+    _check_identity(folder, found["identity"], identity(config, open_family(config.model.path)))
+    _Reader(folder, found["tensors"])
+
+
 def load(policy: Policy, path: str | Path, *, optimizer: bool = True) -> dict[str, Any]:
     """Put a checkpoint into the policy, whatever layout wrote it; returns the recipe's state. Every rank calls it.
 
-    optimizer=False takes the weights only. Raises UserError where the checkpoint is of another model, before anything changes.
+    optimizer=False takes the weights only. Raises UserError where the checkpoint is of another model or a part of it is missing or cut short,
+    before anything changes.
     """
     folder = Path(path)
     manifest = _manifest(folder)
-    _check_identity(folder, manifest["identity"], _identity(policy))
+    _check_identity(folder, manifest["identity"], identity(policy.config, policy.family))
     read = _Reader(folder, manifest["tensors"])
     policy.wake()
     with without_cuda(policy.device):
@@ -176,43 +187,54 @@ def _fill(policy: Policy, read: _Reader, key: str, put: Callable[..., Any], sele
 
 
 class _Reader:
-    """Tensors of a checkpoint by name, one at a time."""
+    """Tensors of a checkpoint by name, one at a time. Raises UserError for a part that is missing or cut short, at once."""
 
     def __init__(self, folder: Path, files: dict[str, str]) -> None:
-        self.folder, self.files = folder, files
-        self.open: dict[str, Any] = {}
+        self.folder, self.files, self.hint = folder, files, _another(folder)
+        self.open = {file: mapping.open_file(folder / file, f"checkpoint '{folder}'", self.hint) for file in sorted(set(files.values()))}
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.files:
             raise UserError(f"checkpoint '{self.folder}' holds no tensor '{name}'")
         file = self.files[name]
-        if file not in self.open:
-            self.open[file] = safe_open(str(self.folder / file), framework="pt")
-        return self.open[file].get_tensor(name)
+        return mapping.read_tensor(self.open[file], name, f"checkpoint '{self.folder}': {file}", self.hint)
 
 
-def _identity(policy: Policy) -> dict[str, Any]:
-    """What must agree for a checkpoint to fit: family, sizes, dtype, what is trained."""
-    fields = policy.family.transformer()
+def _another(folder: Path) -> str:
+    """What to do about a spoilt checkpoint: the newest one beside it that is complete, by its manifest."""
+    others = [(step, path) for path in folder.parent.glob("step_*") if path != folder and (step := _step(path)) is not None]
+    return f"another one is '{max(others)[1]}'" if others else "no other checkpoint lies beside it"
+
+
+def identity(config: Config, family: Family) -> dict[str, Any]:
+    """What must agree for a checkpoint to fit: family, sizes, dtype, what is trained; `fields`: all else that decides what the model computes."""
+    fields = family.transformer()
     sizes = {k: fields[k] for k in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     return {
-        "model_type": policy.family.name, **sizes, "vocab_size": policy.family.vocab_size, "tie_word_embeddings": policy.family.tied,
-        "vision_depth": policy.family.vision_depth, "vision_hidden_size": policy.family.vision_hidden_size, "model.dtype": policy.config.model.dtype,
-        "model.freeze_vision": policy.config.model.freeze_vision,
+        "model_type": family.name, **sizes, "vocab_size": family.vocab_size, "tie_word_embeddings": family.tied,
+        "vision_depth": family.vision_depth, "vision_hidden_size": family.vision_hidden_size, "model.dtype": config.model.dtype,
+        "model.freeze_vision": config.model.freeze_vision, "fields": family.described,
     }
 
 
 def _check_identity(folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    for key, value in here.items():
-        if stored.get(key) != value:
-            raise UserError(f"checkpoint '{folder}' is of another model: {key} is {stored.get(key)!r} there, {value!r} here")
+    """Fields are compared where both name them: other versions of transformers know others, and earlier checkpoints have none."""
+    there, own = stored.get("fields") or {}, here["fields"]
+    pairs = [(key, stored.get(key), value) for key, value in here.items() if key != "fields"]
+    for key, old, new in pairs + [(key, there[key], value) for key, value in own.items() if key in there]:
+        if old != new:
+            raise UserError(f"checkpoint '{folder}' is of another model: {key} is {old!r} there, {new!r} here; resume with the run's own model.path")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"'{folder}' is not a checkpoint: manifest.json: {error}") from None
+    wrong = [key for key, kind in MANIFEST.items() if not isinstance(found, dict) or not isinstance(found.get(key), kind)]
+    if wrong:
+        raise UserError(f"'{folder}' is not a checkpoint: manifest.json lacks {', '.join(wrong)}; {_another(folder)}")
+    return found
 
 
 def _step(path: Path) -> int | None:

@@ -20,8 +20,8 @@ class HuggingFace:
 
         self.policy = policy
         self.model: Any = None
-        if policy.is_lead:
-            self.model = AutoModelForImageTextToText.from_config(policy.family.hf_config, dtype=policy.model.config.params_dtype).to(policy.device)
+        if policy.is_lead:  # eval: the policy has no dropout, whatever config.json says
+            self.model = AutoModelForImageTextToText.from_config(policy.family.hf_config, dtype=policy.model.config.params_dtype).to(policy.device).eval()
 
     @torch.no_grad()
     def difference(self, batches: list[Batch], logprobs: list[Tensor]) -> float:

@@ -22,6 +22,9 @@ from sophiavl_fast.errors import UserError
 if TYPE_CHECKING:
     from sophiavl_fast.policy.distributed import Layout
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+AGAIN = "download the whole Hugging Face folder again"
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -52,9 +55,9 @@ class Folder:
     def __init__(self, path: Path, published: Callable[[str], str]) -> None:
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
+            files = _indexed(index)
         elif (path / "model.safetensors").is_file():
-            with _open(path / "model.safetensors") as file:
+            with open_file(path / "model.safetensors", f"model.path = '{path}'", AGAIN) as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise UserError(f"model.path = '{path}': no model.safetensors there; convert the weights to safetensors first")
@@ -68,15 +71,49 @@ class Folder:
         if name not in self.files:
             raise UserError(f"model.path = '{self.path}': tensor '{name}' is missing from its safetensors files")
         stored, file = self.files[name]
+        where = f"model.path = '{self.path}'"
         if file not in self._open:
-            self._open[file] = _open(self.path / file)
-        return self._open[file].get_tensor(stored)
+            self._open[file] = open_file(self.path / file, where, AGAIN)
+        tensor = read_tensor(self._open[file], stored, f"{where}: {file}", AGAIN)
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{where}: tensor '{stored}' is {str(tensor.dtype).removeprefix('torch.')} in {file}; weights must be "
+                            "float32, bfloat16 or float16: dequantise them first")
+        return tensor
 
 
-def _open(path: Path) -> Any:
-    from safetensors import safe_open
+def _indexed(index: Path) -> dict[str, str]:
+    """Tensor name -> file. Raises UserError for an index that cannot be read or names a file that is not there."""
+    where = f"model.path = '{index.parent}'"
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(files.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: {index.name} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from None
+    if absent := [name for name in names if not (index.parent / str(name)).is_file()]:
+        raise UserError(f"{where}: {index.name} names '{absent[0]}', which is not there ({len(absent)} of {len(names)} files are missing); {AGAIN}")
+    return files
 
-    return safe_open(str(path), framework="pt")
+
+def open_file(path: Path, where: str, hint: str) -> Any:
+    """A safetensors file, its header checked against its length. Raises UserError `where: fault; hint` for one that is missing, cut short or no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{where}: '{path.name}' is not there; {hint}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: '{path.name}' is cut short or no safetensors file ({error}); {hint}") from None
+
+
+def read_tensor(file: Any, name: str, where: str, hint: str) -> Tensor:
+    """A tensor of an open file. Raises UserError `where: fault; hint`."""
+    from safetensors import SafetensorError
+
+    try:
+        return file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: tensor '{name}' cannot be read ({error}); {hint}") from None
 
 
 def parameters(model: Any, family: Any) -> Iterator[tuple[str, Rule, nn.Parameter]]:
@@ -101,7 +138,13 @@ def fill(model: nn.Module, family: Any, heads: Heads, layout: Layout, read: Call
         if not select(parameter):
             continue
         names = (family.embedding_name,) if family.tied and rule.names == (family.head_name,) else rule.names
-        part = shard(rule.kind, [read(n) for n in names], heads, layout.tensor, rank)
+        tensors = [read(n) for n in names]
+        try:
+            part = shard(rule.kind, tensors, heads, layout.tensor, rank)
+        except RuntimeError:  # no whole number of heads, or parts that do not fit together
+            shapes = ", ".join(str(list(t.shape)) for t in tensors)
+            raise UserError(f"{', '.join(names)} have the shapes {shapes}, which make no {name} of {list(parameter.shape)}: "
+                            "weights and config.json are of different models") from None
         if part.shape != parameter.shape:
             raise UserError(f"{', '.join(names)} gives {list(part.shape)} for {name}, expected {list(parameter.shape)}")
         put(parameter, part)

@@ -28,7 +28,8 @@ def write_config(run_dir: Path, config: Config) -> None:
 
 
 def resume_point(config: Config) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured."""
+    """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured, or the checkpoint is spoilt or of
+    another model: all of it before any weight is loaded."""
     run_dir, wish = Path(config.run.dir), config.run.resume
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -40,11 +41,12 @@ def resume_point(config: Config) -> Path | None:
         if (run_dir / "metrics.jsonl").exists():
             raise UserError(f"run.dir '{run_dir}' holds a run already; use run.resume=auto to go on or another run.dir")
         return None
-    if wish == "auto":
-        return checkpoint.newest(run_dir)
-    if not Path(wish).is_dir():
+    if wish != "auto" and not Path(wish).is_dir():
         raise UserError(f"run.resume = '{wish}' is neither auto, never nor a checkpoint folder")
-    return Path(wish)
+    found = checkpoint.newest(run_dir) if wish == "auto" else Path(wish)
+    if found:
+        checkpoint.refuse_unusable(found, config)
+    return found
 
 
 def refuse_missing_judge(config: Config) -> None:

@@ -4,9 +4,10 @@ A further family is one file here with a subclass of `Family`, one entry in FAMI
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy.families.base import Family
 from sophiavl_fast.policy.families.internvl import InternVL
@@ -18,17 +19,22 @@ FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Qwen2_5_
 
 
 def open_family(path: str | Path) -> Family:
-    """The adapter of the model folder's `model_type`. Raises UserError for a folder without config.json or an unknown family."""
+    """The adapter of the model folder's `model_type`. Raises UserError for a config.json that cannot be used, an unknown family, quantised weights."""
     folder = Path(path)
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    except FileNotFoundError:
-        raise UserError(f"model.path = '{folder}': no config.json there; name a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path = '{folder}': config.json cannot be read: {error}") from None
-    if kind not in FAMILIES:
+    found = model_folder.read(folder)
+    kind = found.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         hint = " ('internvl_chat' is the older format: take the folder's -hf twin)" if kind == "internvl_chat" else ""
         raise UserError(f"model.path = '{folder}': model_type '{kind}' is not supported{hint}; supported: {', '.join(FAMILIES)}")
-    from transformers import AutoConfig
+    model_folder.refuse_partial(folder)
+    _refuse_quantised(folder, found)
+    return FAMILIES[kind](folder, model_folder.open_config(folder))
 
-    return FAMILIES[kind](folder, AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+
+def _refuse_quantised(folder: Path, found: dict[str, Any]) -> None:
+    """Codes of quantised weights would load as if they were the weights themselves."""
+    for part in (found, found.get("text_config")):
+        if isinstance(part, dict) and (method := part.get("quantization_config")):
+            name = method.get("quant_method") if isinstance(method, dict) else method
+            raise UserError(f"model.path = '{folder}': config.json names quantised weights (quantization_config, quant_method '{name}'), "
+                            "which cannot be trained; dequantise them to bfloat16 first or name the folder they were made from")

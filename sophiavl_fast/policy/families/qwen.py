@@ -1,12 +1,14 @@
 """What Qwen2.5-VL and Qwen3-VL share: pixels as flat patches with a (t, h, w) grid, and 3-D rope positions."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sophiavl_fast.compat.patch_embedding import use_products
+from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy.families.base import Family, quiet
 
 
@@ -14,6 +16,13 @@ class QwenVL(Family):
     """The common part; a subclass names the tower's class and which frequency turns with which axis."""
 
     position_axes = 3
+
+    def __init__(self, folder: Path, hf_config: Any) -> None:
+        super().__init__(folder, hf_config)
+        sections, half = self.text.rope_parameters.get("mrope_section"), self.head_width // 2
+        if not isinstance(sections, (list, tuple)) or len(sections) != 3 or not all(isinstance(s, int) for s in sections) or sum(sections) != half:
+            raise UserError(f"model.path = '{folder}': config.json's rope parameters have mrope_section = {sections}; a {self.name} needs three sizes "
+                            f"(time, height, width) that sum to {half}, half the head width")
 
     @property
     def merge(self) -> int:

@@ -105,8 +105,8 @@ def _train(a) -> int:
     from sophiavl_fast.monitor import budget
     from sophiavl_fast.recipes import muster
 
+    world = config_checks.world_size(os.environ) or 1
     muster.before_it()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     tree = config.load(a.config, a.overrides, world_size=world)
     config_checks.check_start(tree, os.environ)
     budget.require(tree, world)
@@ -147,7 +147,7 @@ def _report(a) -> int:
 def _doctor(a) -> int:
     from sophiavl_fast.monitor.doctor import doctor
 
-    return doctor(config.load(a.config, a.overrides) if a.config else None)
+    return doctor(config.load(a.config, a.overrides, world_size=None) if a.config else None)
 
 
 def _data_check(a) -> int:

@@ -140,7 +140,7 @@ class Algorithm(Node):
     sigma_filter: float | None = None
     """With normalize=batch: advantages beyond this many sigmas become 0 (StableReinforce: 3)."""
     mini_batches: int = 1
-    """Optimizer updates a rollout batch, each on a share of its groups."""
+    """Optimizer updates a rollout batch, each on a share of its groups (every k-th, the same prompts in any layout)."""
     epochs: int = 1
     """Passes over a rollout batch."""
     tis_cap: float | None = None
@@ -344,11 +344,12 @@ class Config(Node):
     debug: Debug = Debug()
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] | None = None, world_size: int = 1) -> Config:
+def load(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] | None = None, world_size: int | None = 1) -> Config:
     """Read a YAML file, apply `a.b=value` overrides and the three environment variables, check, and return the tree.
 
-    A file may name a `base:` file (relative to itself) whose values it changes. Raises UserError, one line, for an
-    unreadable file, an unknown key, a value of the wrong kind or a combination that cannot run.
+    A file may name a `base:` file (relative to itself) whose values it changes. world_size: processes of the run; None for as many as
+    `parallel` asks for at least. Raises UserError, one line, for an unreadable file, an unknown key, a value of the wrong kind or a
+    combination that cannot run.
     """
     tree = _read(Path(path))
     for item in overrides:

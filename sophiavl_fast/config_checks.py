@@ -13,10 +13,30 @@ from sophiavl_fast.errors import UserError, nearest
 TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
 
 
-def check(config: Any, world_size: int = 1) -> None:
-    """Everything that can be refused before a model loads; `check_start` adds what a run needs around it. Raises UserError."""
+def least_processes(config: Any) -> int:
+    """How many processes `parallel` asks for; one replica where parallel.data leaves their number open."""
+    p = config.parallel
+    return p.tensor * p.pipeline * p.context * (p.data or 1)
+
+
+def world_size(environ: Mapping[str, str]) -> int | None:
+    """torchrun's number of processes, None where nothing says it. Raises UserError where WORLD_SIZE is no whole number of at least 1."""
+    text = environ.get("WORLD_SIZE")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"the environment variable WORLD_SIZE = '{text}': expected a whole number of at least 1")
+    return int(text)
+
+
+def check(config: Any, world_size: int | None = 1) -> None:
+    """Everything that can be refused before a model loads; `check_start` adds what a run needs around it. Raises UserError.
+
+    world_size: processes of the run; None for `least_processes`.
+    """
     c, p = config, config.parallel
     config_ranges.check(c.model_dump())
+    world_size = least_processes(c) if world_size is None else world_size
     if c.model.min_pixels is not None and c.model.max_pixels is not None and c.model.min_pixels > c.model.max_pixels:
         raise UserError(f"model.min_pixels = {c.model.min_pixels} is more than model.max_pixels = {c.model.max_pixels}")
     model_parallel = p.tensor * p.pipeline * p.context

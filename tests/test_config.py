@@ -6,6 +6,7 @@ import yaml
 
 from sophiavl_fast import cli, config, config_checks, config_ranges
 from sophiavl_fast.errors import UserError
+from sophiavl_fast.monitor import fit
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WORLD = {"trust_grpo_qwen3_vl_4b.yaml": 8, "trust_grpo_qwen3_vl_8b.yaml": 8, "trust_grpo_qwen3_vl_32b.yaml": 16, "trust_grpo_internvl3_2b.yaml": 8,
@@ -131,6 +132,22 @@ def test_engines_have_a_place_before_a_run_starts(tmp_path, overrides, environ, 
         return config_checks.check_start(tree, environ)
     with pytest.raises(UserError, match=expected):
         config_checks.check_start(tree, environ)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_the_doctor_reads_every_shipped_configuration_without_its_processes(path, monkeypatch):
+    """On a laptop, for as many processes as the layout asks for, or as WORLD_SIZE says."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tree = config.load(path, world_size=None)
+    row = next(row for row in fit.rows(tree, []) if row.name == "layout")
+    assert row.status == "OK" and row.found.startswith(f"{config_checks.least_processes(tree)} processes = tensor {tree.parallel.tensor}")
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "8x"])
+def test_a_number_of_processes_that_is_none(monkeypatch, capsys, text):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    assert cli.main(["train", str(CONFIGS / "demo.yaml")]) == 2
+    assert f"the environment variable WORLD_SIZE = '{text}': expected a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_train_asks_for_the_token_first(tmp_path, monkeypatch, capsys):

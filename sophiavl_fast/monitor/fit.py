@@ -19,7 +19,8 @@ PACKAGED_REGISTRY = Path(sophiavl_fast.__file__).parent / "data" / "dataset_info
 
 def rows(config: Config, gpus: list[dict]) -> list[Row]:
     """One row each for the model, every dataset, the layout, the memory of each pipeline stage's ranks, and the engine's."""
-    world = int(os.environ.get("WORLD_SIZE", 0)) or max(1, len(gpus) if config.device != "cpu" else 1)
+    counted = len(gpus) if config.device != "cpu" else 0
+    world = config_checks.world_size(os.environ) or counted or config_checks.least_processes(config)
     out = [_model(config), *_datasets(config)]
     try:
         sizes = shapes.read(config.model.path)

@@ -150,8 +150,10 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
             policy.rest()
     with phase("transfer") as transfer:
         sent = rooms.rollout.send(policy, version=step)
-        if config.rollout.staleness:
+    if config.rollout.staleness:
+        with phase("probe") as probing:
             metrics["rollout/probe_diff_max"] = probe(rooms, groups[:1], step)
+        metrics["time/probe_s"] = probing.seconds
     if not rooms.rewards:
         return {}, []
     rows = samples.rows(groups, seen.scores, seen.weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))

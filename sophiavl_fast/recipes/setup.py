@@ -96,16 +96,13 @@ def checkpoint_due(config: Config, step: int) -> bool:
 
 
 def split(groups: list[types.Group], advantages: torch.Tensor | None, parts: int) -> list[tuple[list[types.Group], torch.Tensor | None]]:
-    """Cut a rollout batch into `parts` runs of whole groups with their advantages [B]; empty runs where there are no groups."""
+    """Cut a rollout batch into `parts` shares of whole groups with their advantages [B]; empty ones where there are no groups.
+
+    Every `parts`-th group, since a replica holds a run of the step's prompts: each share is then of the same prompts in any layout.
+    """
     if len(groups) % parts:
         raise UserError(f"{len(groups)} groups of a replica do not divide into algorithm.mini_batches = {parts}")
     if advantages is None:
         return [([], None)] * parts
-    size, row = len(groups) // parts, 0
-    out: list[tuple[list[types.Group], torch.Tensor | None]] = []
-    for first in range(0, len(groups), size):
-        share = groups[first:first + size]
-        rows = sum(len(g.responses) for g in share)
-        out.append((share, advantages[row:row + rows]))
-        row += rows
-    return out
+    rows = advantages.split([len(g.responses) for g in groups])
+    return [(groups[first::parts], torch.cat(rows[first::parts])) for first in range(parts)]

@@ -32,8 +32,14 @@ def main(arguments: list[str]) -> None:
     os.execve(command[0], command, child_environment(device, os.environ, server_variables(token, backend)))
 
 
-if __name__ == "__main__":
+def command(arguments: list[str]) -> int:
+    """`main`, bad input as one line and exit code 2."""
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

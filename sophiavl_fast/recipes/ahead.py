@@ -9,13 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.types import Group, Prompt
 
 TEND_S = 0.5
 Generate = Callable[[list[Prompt], int], list[Group]]
+Found = TypeVar("Found")
+
+
+def awaited(asked: Future[Found], tend: Callable[[], None]) -> Found:
+    """The result; `tend` is called now and then until it is there: an engine that was started anew wants the weights, which only this thread may read."""
+    while not wait([asked], timeout=TEND_S).done:
+        tend()
+    return asked.result()
 
 
 class Ahead:
@@ -37,9 +45,7 @@ class Ahead:
 
         tend: called now and then while they are not there, in this thread, which may read the policy's weights."""
         self._ask(step)
-        while not wait([self._running[step]], timeout=TEND_S).done:
-            tend()
-        found = self._running.pop(step).result()
+        found = awaited(self._running.pop(step), tend)
         self._ask(step + self._depth)
         return found
 

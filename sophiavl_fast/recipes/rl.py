@@ -24,24 +24,20 @@ from sophiavl_fast.algorithms import losses
 from sophiavl_fast.config import Config
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
-from sophiavl_fast.errors import EngineError
 from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
 from sophiavl_fast.policy import Policy
-from sophiavl_fast.recipes import judge_server, ranks, samples, sampling, setup
+from sophiavl_fast.recipes import judge_server, probe, ranks, samples, sampling, setup
 from sophiavl_fast.recipes.ahead import Ahead
 from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.recipes.rooms import Rooms, open_rooms
-from sophiavl_fast.types import derive_seed
-
-PROBE_TOKENS = 8
 
 
 def train(config: Config) -> int:
     """Run the recipe to run.steps; returns the exit code. Goes on from the newest checkpoint unless run.resume says never."""
     run_dir = Path(config.run.dir)
     found = setup.resume_point(config)
-    setup.refuse_missing_judge(config)
+    setup.refuse_unreadable(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase
@@ -86,14 +82,15 @@ def loop(rooms: Rooms, log: RunLog | ranks.NoLog, done: int | None) -> None:
 @contextmanager
 def rollouts_ahead(rooms: Rooms, first: int) -> Iterator[None]:
     """Sample ahead of the policy within the block, where rollout.staleness says so. Scoring begins as each group is finished, beside the update."""
-    if rooms.config.rollout.staleness and (rewards := rooms.rewards):
-        rooms.ahead = Ahead(rooms.loader, rooms.draw, lambda prompts, step: rooms.generate(prompts, step, rewards.start),
-                            depth=rooms.config.rollout.staleness, first=first, last=rooms.config.run.steps)
-    try:
+    with ExitStack() as stack:
+        if rooms.config.rollout.staleness:
+            rooms.probe = probe.Probe(rooms.config, rooms.policy, rooms.rollout)
+            stack.callback(rooms.probe.close)
+            if rewards := rooms.rewards:
+                rooms.ahead = Ahead(rooms.loader, rooms.draw, lambda prompts, step: rooms.generate(prompts, step, rewards.start),
+                                    depth=rooms.config.rollout.staleness, first=first, last=rooms.config.run.steps)
+                stack.callback(rooms.ahead.close)
         yield
-    finally:
-        if rooms.ahead:
-            rooms.ahead.close()
 
 
 def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
@@ -144,16 +141,18 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     if rooms.judge and config.thinking.sleep:
         rooms.judge.sleep()
     rooms.rollout.end_round()
+    if rooms.probe:
+        metrics |= compare(rooms.probe, rooms, groups, step)
     with ranks.engines_asleep(rooms.rollout, policy, rooms.progress) as asleep, phase("update") as updating:
         if not config.debug.rollout_only:
             metrics |= update(rooms, groups, advantage, step)
             policy.rest()
     with phase("transfer") as transfer:
         sent = rooms.rollout.send(policy, version=step)
-    if config.rollout.staleness:
-        with phase("probe") as probing:
-            metrics["rollout/probe_diff_max"] = probe(rooms, groups[:1], step)
-        metrics["time/probe_s"] = probing.seconds
+    if rooms.probe:
+        rooms.probe.ask(groups, step)
+        if step == config.run.steps:
+            metrics |= compare(rooms.probe, rooms, groups, step)
     if not rooms.rewards:
         return {}, []
     rows = samples.rows(groups, seen.scores, seen.weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
@@ -196,23 +195,16 @@ def update(rooms: Rooms, groups: list[types.Group], advantages: torch.Tensor | N
             result = policy.update(part, losses.make_grpo_loss(config, count), entropy=True, active=lambda batch: losses.active_rows(batch, config))
             results.append(losses.metrics(result.stats, config) | {"policy/grad_norm": result.grad_norm, "optim/lr": result.lr})
     found |= {key: (max if key.endswith("_max") else _mean)([r[key] for r in results]) for key in results[0]}
-    if not config.rollout.staleness:  # else most tokens are of an older version: `probe` compares after each transfer
-        _check_rollout_logprobs(found["rollout/logprob_diff_max"], config, step)
+    if not config.rollout.staleness:  # else most tokens are of an older version, see probe.py
+        probe.require_agreement(found["rollout/logprob_diff_max"], config, step)
     return found
 
 
-def probe(rooms: Rooms, groups: list[types.Group], step: int) -> float:
-    """Largest log-prob difference on a few tokens that the engine samples with the weights just sent. Raises EngineError beyond the limit."""
-    config, policy = rooms.config, rooms.policy
-    if rooms.rewards:
-        groups = rooms.rollout.generate([g.prompt for g in groups], n=1, step=0, seed=derive_seed(config.run.seed, "probe", step),
-                                        temperature=config.rollout.temperature, max_new_tokens=PROBE_TOKENS)
-    rooms.rollout.end_round()
-    batches = policy.pack(groups, None)
-    worst = torch.tensor(max((a.cpu() - b.rollout_logprob).abs().max().item() for a, b in zip(policy.logprobs(batches), batches, strict=True)))
-    found = float(policy.layout.max_over_replicas(worst))
-    _check_rollout_logprobs(found, config, step)
-    return found
+def compare(with_engine: probe.Probe, rooms: Rooms, groups: list[types.Group], step: int) -> dict[str, float]:
+    """How far trainer and engine are apart after the latest transfer, and how long it took to find out."""
+    with rooms.progress.phase("probe") as probing:
+        worst = with_engine.compare(groups, step)
+    return {"rollout/probe_diff_max": worst, "time/probe_s": probing.seconds}
 
 
 def ahead_metrics(groups: list[types.Group], step: int, busy: float) -> dict[str, float]:
@@ -223,14 +215,6 @@ def ahead_metrics(groups: list[types.Group], step: int, busy: float) -> dict[str
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _check_rollout_logprobs(worst: float, config: Config, step: int) -> None:
-    """The trainer's and the engine's log-probs of the sampled tokens must agree: the policy that sampled is the policy trained."""
-    limit = config.rollout.max_logprob_diff
-    if limit is not None and not worst <= limit:
-        raise EngineError(f"step {step}: trainer and rollout engine disagree on a sampled token's log-prob by {worst:.3g} "
-                          f"(rollout.max_logprob_diff = {limit:g}); this step is in no checkpoint")
 
 
 def evaluate(rooms: Rooms) -> dict[str, float]:

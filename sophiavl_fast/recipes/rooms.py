@@ -16,6 +16,7 @@ from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import judge_server, ranks
 from sophiavl_fast.recipes.ahead import Ahead
 from sophiavl_fast.recipes.judge_server import JudgeServer
+from sophiavl_fast.recipes.probe import Probe
 from sophiavl_fast.rewards import Rewards
 from sophiavl_fast.rollout import open_rollout
 from sophiavl_fast.types import derive_seed
@@ -35,6 +36,7 @@ class Rooms:
     saver: Saver
     judge: JudgeServer | None = None
     ahead: Ahead | None = None
+    probe: Probe | None = None
 
     def draw(self) -> list[types.Prompt]:
         """This replica's prompts of the next step."""

@@ -12,8 +12,10 @@ import zoo
 from safetensors.torch import load_file
 
 from sophiavl_fast.algorithms import losses
+from sophiavl_fast.errors import EngineError
 from sophiavl_fast.policy import Policy, checkpoint
-from sophiavl_fast.recipes import rl
+from sophiavl_fast.recipes import ranks
+from sophiavl_fast.recipes.probe import Probe
 from tests.pretend_cuda import CUDA, pretended_cuda
 
 LOSSES = {
@@ -176,7 +178,13 @@ def test_the_probe_after_a_transfer(folders):
     with pretended_cuda():
         policy = Policy.create(config, reference=False, total_steps=5)
         try:
-            follower = SimpleNamespace(config=config, policy=policy, rewards=None, rollout=SimpleNamespace(end_round=lambda: None))
-            assert 0 < rl.probe(follower, tiny.groups()[:1], 1) < 100
+            recorded = SimpleNamespace(generate=lambda prompts, **_: tiny.groups()[:1])
+            probe = Probe(config, policy, ranks.Lead(recorded, policy))
+            found = probe.compare(tiny.groups(), 1)
+            assert 0 < found < 100
+            config.rollout.max_logprob_diff = found / 2     # asked for before, compared a step later
+            probe.ask(tiny.groups(), 1)
+            with pytest.raises(EngineError, match="step 2: trainer and rollout engine disagree on a sampled token's log-prob by"):
+                probe.compare(tiny.groups(), 2)
         finally:
             policy.close()

@@ -1,11 +1,14 @@
-"""A model folder's config.json: what is wrong with it in one line, before transformers fills in by defaults what is missing."""
+"""A model folder as it lies there: what is wrong with its config.json and its safetensors files in one line, before anything is filled in or loaded."""
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
 
-from sophiavl_fast.errors import UserError
+from sophiavl_fast.errors import UserError, nearest
+
+AGAIN = "download the whole Hugging Face folder again (git-lfs leaves pointers in place of large files: `git lfs pull`)"
+FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -14,22 +17,14 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model.path = '{folder}': no config.json there; name a Hugging Face model folder") from None
+        beside = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
+        raise UserError(f"model.path = '{folder}': no config.json there{nearest(str(folder), beside) or '; name a Hugging Face model folder'}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = '{folder}': config.json cannot be read: {error}; download it again") from None
     if not isinstance(found, dict):
         raise UserError(f"model.path = '{folder}': config.json holds {'null' if found is None else f'a {type(found).__name__}'} instead of an object; "
                         "download it again")
     return found
-
-
-def refuse_partial(path: str | Path) -> None:
-    """UserError where config.json does not describe both the language model and the vision tower: defaults would be of another size."""
-    found = read(path)
-    text = isinstance(found.get("text_config"), dict) or "hidden_size" in found  # older folders hold the text model's fields at the top
-    missing = [name for name, there in (("text_config", text), ("vision_config", isinstance(found.get("vision_config"), dict))) if not there]
-    if missing:
-        raise UserError(f"model.path = '{path}': config.json lacks {' and '.join(missing)}; download the whole Hugging Face folder")
 
 
 def open_config(path: str | Path) -> Any:
@@ -41,3 +36,78 @@ def open_config(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validators raise classes of their own
         raise UserError(f"model.path = '{path}': config.json cannot be used: {' '.join(str(error).split())[:300]}") from None
+
+
+def refuse_partial(path: str | Path) -> None:
+    """UserError where config.json does not describe both the language model and the vision tower: defaults would be of another size."""
+    found = read(path)
+    text = isinstance(found.get("text_config"), dict) or "hidden_size" in found  # older folders hold the text model's fields at the top
+    missing = [name for name, there in (("text_config", text), ("vision_config", isinstance(found.get("vision_config"), dict))) if not there]
+    if missing:
+        raise UserError(f"model.path = '{path}': config.json lacks {' and '.join(missing)}; download the whole Hugging Face folder")
+
+
+def refuse_quantised(path: str | Path) -> None:
+    """UserError where config.json names quantised weights: their codes would be trained as if they were the weights themselves."""
+    if (name := _method(read(path))) is not None:
+        raise UserError(f"model.path = '{path}': config.json names quantised weights (quantization_config, quant_method '{name}'), "
+                        "which cannot be trained; dequantise them to bfloat16 first or name the folder they were made from")
+
+
+def refuse_unreadable(path: str | Path) -> None:
+    """UserError where config.json lacks a part, a weight file is missing or cut short, or weights are codes and config.json does not say of what.
+
+    Headers alone are read. What an engine can use is not refused: quantised weights that config.json describes.
+    """
+    folder = Path(path)
+    refuse_partial(folder)
+    described = _method(read(folder)) is not None
+    for file in sorted(set(tensor_files(folder).values())):
+        codes = [(name, entry["dtype"]) for name, entry in header(folder / file).items() if name.endswith(".weight") and entry["dtype"] not in FLOATS]
+        if codes and not described:
+            raise UserError(f"model.path = '{folder}': tensor '{codes[0][0]}' is {codes[0][1]} in {file} ({len(codes)} such in it), and config.json has no "
+                            "quantization_config; dequantise the weights to bfloat16 first")
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Tensor name -> safetensors file. Raises UserError for an index that cannot be read or names a file that is not there, and for a folder of no weights."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"model.path = '{folder}': no model.safetensors there; convert the weights to safetensors first")
+        return dict.fromkeys(header(folder / "model.safetensors"), "model.safetensors")
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(files.values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model.path = '{folder}': {index.name} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from None
+    if absent:
+        raise UserError(f"model.path = '{folder}': {index.name} names '{absent[0]}', which is not there ({len(absent)} of {len(names)} files are "
+                        f"missing); {AGAIN}")
+    return files
+
+
+def header(file: Path) -> dict[str, dict[str, Any]]:
+    """Tensors of a safetensors file: dtype, shape and data_offsets, held against its length. Raises UserError where it is none or cut short."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            if not 2 <= length <= size - 8:  # a text file, such as git-lfs leaves in a large file's place, begins with some number beyond its end
+                raise ValueError(f"{size} bytes without a header")
+            found = {name: entry for name, entry in json.loads(raw.read(length)).items() if name != "__metadata__"}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
+        if end != size:
+            raise ValueError(f"{size} bytes, and its header tells of {end}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"model.path = '{file.parent}': '{file.name}' is cut short or no safetensors file ({error}); {AGAIN}") from None
+
+
+def _method(found: dict[str, Any]) -> str | None:
+    """How config.json says that the weights are quantised."""
+    for part in (found, found.get("text_config")):
+        if isinstance(part, dict) and (method := part.get("quantization_config")):
+            return str(method.get("quant_method")) if isinstance(method, dict) else str(method)
+    return None

@@ -32,25 +32,9 @@ def rows(config: Config, gpus: list[dict]) -> list[Row]:
 
 
 def count_parameters(folder: Path) -> int:
-    """Parameters in the folder's safetensors files, read from their headers alone; 0 where there are none. Raises UserError for a spoilt file."""
-    return sum(sum(math.prod(entry["shape"]) for entry in _header(file).values()) for file in sorted(folder.glob("*.safetensors")))
-
-
-def _header(file: Path) -> dict[str, dict]:
-    """Tensors of a safetensors file, held against its length. Raises UserError where it is none or cut short."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            if not 2 <= length <= size - 8:  # a text file, such as git-lfs leaves in a large file's place, begins with some number beyond its end
-                raise ValueError(f"{size} bytes without a header")
-            found = {name: entry for name, entry in json.loads(raw.read(length)).items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
-        if end > size:
-            raise ValueError(f"{size} bytes of {end}")
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{file}' is cut short or no safetensors file ({error})") from None
+    """Parameters of the folder's weights, read from their headers alone. Raises UserError for a folder that holds none or a spoilt file."""
+    files = sorted(set(model_folder.tensor_files(folder).values()))
+    return sum(math.prod(entry["shape"]) for file in files for entry in model_folder.header(folder / file).values())
 
 
 def _model(config: Config) -> Row:
@@ -58,12 +42,11 @@ def _model(config: Config) -> Row:
     if not folder.is_dir():
         return Row("model", "FAIL", f"'{folder}' does not exist", "model.path names a Hugging Face folder on disk")
     try:
+        model_folder.refuse_quantised(folder)
+        model_folder.refuse_unreadable(folder)
         kind, parameters = model_folder.read(folder).get("model_type"), count_parameters(folder)
-        model_folder.refuse_partial(folder)
     except UserError as error:
-        return Row("model", "FAIL", str(error), "download the whole Hugging Face folder (git-lfs leaves pointers: `git lfs pull`)")
-    if not parameters:
-        return Row("model", "FAIL", f"'{folder}' holds no safetensors weights", "download the whole Hugging Face folder")
+        return Row("model", "FAIL", *str(error).rsplit("; ", 1))
     return Row("model", "OK", f"{kind}, {parameters / 1e9:.3g} B parameters" if parameters >= 1e8 else f"{kind}, {parameters / 1e6:.3g} M parameters")
 
 

@@ -127,7 +127,7 @@ def refuse_unusable(path: str | Path, config: Config) -> None:
     """UserError for a checkpoint of another model than model.path's, or with a part missing or cut short: known before any weight is loaded."""
     folder = Path(path)
     found = _manifest(folder)
-    _check_identity(folder, found["identity"], identity(config, open_family(config.model.path)))
+    _check_identity(folder, found, identity(config, open_family(config.model.path)))
     _Reader(folder, found["tensors"])
 
 
@@ -139,7 +139,7 @@ def load(policy: Policy, path: str | Path, *, optimizer: bool = True) -> dict[st
     """
     folder = Path(path)
     manifest = _manifest(folder)
-    _check_identity(folder, manifest["identity"], identity(policy.config, policy.family))
+    _check_identity(folder, manifest, identity(policy.config, policy.family))
     read = _Reader(folder, manifest["tensors"])
     policy.wake()
     with without_cuda(policy.device):
@@ -183,7 +183,7 @@ def _load_optimizer(policy: Policy, read: _Reader, updates: int) -> None:
 
 
 def _fill(policy: Policy, read: _Reader, key: str, put: Callable[..., Any], select: Callable[..., bool]) -> None:
-    mapping.fill(policy.model, policy.family, policy.heads, policy.layout, lambda name: read(f"{key}/{name}"), put, select)
+    mapping.fill(policy.model, policy.family, policy.heads, policy.layout, lambda name: read(f"{key}/{name}"), put, f"checkpoint '{read.folder}'", select)
 
 
 class _Reader:
@@ -217,23 +217,34 @@ def identity(config: Config, family: Family) -> dict[str, Any]:
     }
 
 
-def _check_identity(folder: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
+def _check_identity(folder: Path, manifest: dict[str, Any], here: dict[str, Any]) -> None:
     """Fields are compared where both name them: other versions of transformers know others, and earlier checkpoints have none."""
-    there, own = stored.get("fields") or {}, here["fields"]
+    stored, own = manifest["identity"], here["fields"]
+    there = stored["fields"] if isinstance(stored.get("fields"), dict) else {}
     pairs = [(key, stored.get(key), value) for key, value in here.items() if key != "fields"]
     for key, old, new in pairs + [(key, there[key], value) for key, value in own.items() if key in there]:
         if old != new:
-            raise UserError(f"checkpoint '{folder}' is of another model: {key} is {old!r} there, {new!r} here; resume with the run's own model.path")
+            cure = f"set {key}={str(old).lower()}" if key.startswith("model.") else f"resume with the run's own model.path{_model_path(manifest)}"
+            raise UserError(f"checkpoint '{folder}' is of another model: {key} is {old!r} there, {new!r} here; {cure}")
+
+
+def _model_path(manifest: dict[str, Any]) -> str:
+    """` = 'PATH'` of the run that wrote the checkpoint, where its state tells."""
+    try:
+        return f" = '{manifest['state']['config']['model']['path']}'"
+    except (KeyError, TypeError):
+        return ""
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "manifest.json").read_text())
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{folder}' is not a checkpoint: manifest.json: {error}") from None
+        inside = newest(folder)
+        raise UserError(f"'{folder}' is not a checkpoint: manifest.json: {error}" + (f"; did you mean '{inside}'?" if inside else "")) from None
     wrong = [key for key, kind in MANIFEST.items() if not isinstance(found, dict) or not isinstance(found.get(key), kind)]
-    if wrong:
-        raise UserError(f"'{folder}' is not a checkpoint: manifest.json lacks {', '.join(wrong)}; {_another(folder)}")
+    if wrong or not all(isinstance(file, str) for file in found["tensors"].values()):
+        raise UserError(f"'{folder}' is not a checkpoint: manifest.json lacks {', '.join(wrong) or 'the files of its tensors'}; {_another(folder)}")
     return found
 
 

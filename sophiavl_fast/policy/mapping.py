@@ -6,7 +6,6 @@ cuts each tensor to this rank's part; `full_tensors` gathers over tensor ranks, 
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.errors import UserError
 
 if TYPE_CHECKING:
     from sophiavl_fast.policy.distributed import Layout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-AGAIN = "download the whole Hugging Face folder again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +52,7 @@ class Folder:
     """Published tensors of a model folder, read one at a time from its safetensors files."""
 
     def __init__(self, path: Path, published: Callable[[str], str]) -> None:
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            files = _indexed(index)
-        elif (path / "model.safetensors").is_file():
-            with open_file(path / "model.safetensors", f"model.path = '{path}'", AGAIN) as file:
-                files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(f"model.path = '{path}': no model.safetensors there; convert the weights to safetensors first")
-        self.path, self.files = path, {published(name): (name, file) for name, file in files.items()}
+        self.path, self.files = path, {published(name): (name, file) for name, file in model_folder.tensor_files(path).items()}
         self._open: dict[str, Any] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -73,25 +64,12 @@ class Folder:
         stored, file = self.files[name]
         where = f"model.path = '{self.path}'"
         if file not in self._open:
-            self._open[file] = open_file(self.path / file, where, AGAIN)
-        tensor = read_tensor(self._open[file], stored, f"{where}: {file}", AGAIN)
+            self._open[file] = open_file(self.path / file, where, model_folder.AGAIN)
+        tensor = read_tensor(self._open[file], stored, f"{where}: {file}", model_folder.AGAIN)
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: tensor '{stored}' is {str(tensor.dtype).removeprefix('torch.')} in {file}; weights must be "
                             "float32, bfloat16 or float16: dequantise them first")
         return tensor
-
-
-def _indexed(index: Path) -> dict[str, str]:
-    """Tensor name -> file. Raises UserError for an index that cannot be read or names a file that is not there."""
-    where = f"model.path = '{index.parent}'"
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(files.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: {index.name} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from None
-    if absent := [name for name in names if not (index.parent / str(name)).is_file()]:
-        raise UserError(f"{where}: {index.name} names '{absent[0]}', which is not there ({len(absent)} of {len(names)} files are missing); {AGAIN}")
-    return files
 
 
 def open_file(path: Path, where: str, hint: str) -> Any:
@@ -126,13 +104,13 @@ def parameters(model: Any, family: Any) -> Iterator[tuple[str, Rule, nn.Paramete
 
 def load(model: nn.Module, family: Any, heads: Heads, layout: Layout) -> None:
     """Fill every parameter from the family's model folder. Raises UserError for a missing or misshapen tensor."""
-    fill(model, family, heads, layout, Folder(family.folder, family.published), lambda p, part: p.data.copy_(part))
+    fill(model, family, heads, layout, Folder(family.folder, family.published), lambda p, part: p.data.copy_(part), f"model.path = '{family.folder}'")
 
 
 @torch.no_grad()
 def fill(model: nn.Module, family: Any, heads: Heads, layout: Layout, read: Callable[[str], Tensor],
-         put: Callable[[nn.Parameter, Tensor], Any], select: Callable[[nn.Parameter], bool] = lambda p: True) -> None:
-    """Read published tensors with `read`, cut them to this rank's part and `put` it for every selected parameter."""
+         put: Callable[[nn.Parameter, Tensor], Any], where: str, select: Callable[[nn.Parameter], bool] = lambda p: True) -> None:
+    """Read published tensors with `read`, cut them to this rank's part and `put` it for every selected parameter. Raises UserError naming `where`."""
     rank = dist.get_rank(layout.tp_group)
     for name, rule, parameter in parameters(model, family):
         if not select(parameter):
@@ -141,12 +119,12 @@ def fill(model: nn.Module, family: Any, heads: Heads, layout: Layout, read: Call
         tensors = [read(n) for n in names]
         try:
             part = shard(rule.kind, tensors, heads, layout.tensor, rank)
-        except RuntimeError:  # no whole number of heads, or parts that do not fit together
+        except (RuntimeError, IndexError) as error:  # no whole number of heads, or parts that do not fit together
             shapes = ", ".join(str(list(t.shape)) for t in tensors)
-            raise UserError(f"{', '.join(names)} have the shapes {shapes}, which make no {name} of {list(parameter.shape)}: "
-                            "weights and config.json are of different models") from None
+            raise UserError(f"{where}: {', '.join(names)} have the shapes {shapes}, which make no {name} of {list(parameter.shape)} "
+                            f"({' '.join(str(error).split())[:200]}): weights and config.json are of different models") from None
         if part.shape != parameter.shape:
-            raise UserError(f"{', '.join(names)} gives {list(part.shape)} for {name}, expected {list(parameter.shape)}")
+            raise UserError(f"{where}: {', '.join(names)} gives {list(part.shape)} for {name}, expected {list(parameter.shape)}")
         put(parameter, part)
 
 

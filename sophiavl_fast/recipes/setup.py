@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from sophiavl_fast import config as tree
-from sophiavl_fast import types
+from sophiavl_fast import model_folder, types
 from sophiavl_fast.config import Config
 from sophiavl_fast.config_checks import refuse_no_model
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
+from sophiavl_fast.policy.families import open_family
 from sophiavl_fast.rewards.thinking import template
+from sophiavl_fast.rollout import saved
+
+STATE = ("step", "total_steps", "seed", "loader", "config")
 
 
 def is_first_rank() -> bool:
@@ -28,8 +32,8 @@ def write_config(run_dir: Path, config: Config) -> None:
 
 
 def resume_point(config: Config) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured, or the checkpoint is spoilt or of
-    another model: all of it before any weight is loaded."""
+    """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured, or the checkpoint is spoilt, of
+    another model or of another seed: all of it before any weight is loaded."""
     run_dir, wish = Path(config.run.dir), config.run.resume
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,26 @@ def resume_point(config: Config) -> Path | None:
     found = checkpoint.newest(run_dir) if wish == "auto" else Path(wish)
     if found:
         checkpoint.refuse_unusable(found, config)
+        if (seed := read_state(found)["seed"]) != config.run.seed:
+            raise UserError(f"run.seed = {config.run.seed}, but checkpoint '{found}' was made with {seed}; set run.seed={seed} or another run.dir")
     return found
+
+
+def read_state(found: Path) -> dict[str, Any]:
+    """What `state` put into a checkpoint. Raises UserError for a folder that is none, or none of a recipe."""
+    kept = checkpoint.read_state(found)
+    if lacking := [key for key in STATE if key not in kept]:
+        raise UserError(f"checkpoint '{found}' was not written by `train`: its state lacks {', '.join(lacking)}")
+    return kept
+
+
+def refuse_unreadable(config: Config) -> None:
+    """UserError for a model, a judge or recorded rollouts that cannot be used, before anything is loaded."""
+    open_family(config.model.path)
+    model_folder.refuse_unreadable(config.model.path)
+    if config.recipe == "rl":
+        refuse_missing_judge(config)
+        saved.refuse_unusable(config.debug.record, config.debug.replay)
 
 
 def refuse_missing_judge(config: Config) -> None:
@@ -80,8 +103,6 @@ def restore(config: Config, policy: Any, loader: Any, found: Path | None) -> int
     if found is None:
         return None
     kept = checkpoint.load(policy, found)
-    if kept["seed"] != config.run.seed:
-        raise UserError(f"run.seed = {config.run.seed}, but checkpoint '{found}' was made with {kept['seed']}; set run.seed={kept['seed']} or another run.dir")
     loader.load_state(kept["loader"])
     if policy.replica:
         loader.skipped = 0  # the checkpoint's count is of all replicas: the first goes on with it

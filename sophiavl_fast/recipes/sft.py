@@ -29,6 +29,7 @@ def train(config: Config) -> int:
     """Run `run.steps` optimizer steps of `sft.batch_size` records; returns the exit code."""
     run_dir = Path(config.run.dir)
     found = setup.resume_point(config)
+    setup.refuse_unreadable(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "SFT"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase

@@ -6,6 +6,8 @@ their digits, so a replayed step is computed from exactly what was sampled, in a
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,42 +16,60 @@ from sophiavl_fast.errors import UserError
 from sophiavl_fast.rollout.engine import OnGroup, OnProgress, RolloutEngine
 from sophiavl_fast.types import Group, Prompt, Response, WeightSource
 
+NAME = re.compile(r"step_(\d+)-(\d+)\.jsonl")
+
+
+def refuse_unusable(record: str | None, replay: str | None) -> None:
+    """UserError for a folder of debug.record that cannot be made, or one of debug.replay without a recorded step."""
+    if record:
+        make_folder(Path(record))
+    if replay and not any(Path(replay).glob("step_*-*.jsonl")):
+        raise UserError(f"debug.replay = '{replay}' holds no recorded step (a run with debug.record writes them)")
+
 
 def make_folder(folder: Path) -> None:
-    """The folder of debug.record. Raises UserError where it cannot be made."""
+    """The folder of debug.record. Raises UserError where it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"debug.record = '{folder}' cannot be made: {error.strerror}; name a folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"debug.record = '{folder}': nothing can be written there; name another folder")
 
 
 class Recorder:
     """An engine whose training groups (not its greedy evaluation) are also written to `folder`.
 
-    A step's files are this run's alone: each replica writes its own anew, and the first removes those of replicas that this run does not have.
+    From the first step that it records, the folder is this run's alone: each replica writes its files anew and removes its later ones, and the first
+    removes those of replicas that this run does not have. Earlier steps stay: a resumed run goes on after them.
     """
 
     def __init__(self, engine: RolloutEngine, folder: Path, replica: int, replicas: int = 1) -> None:
         self._engine, self._folder, self._replica, self._replicas, self.version = engine, folder, replica, replicas, engine.version
+        self._begun: set[int] = set()
         make_folder(folder)
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,
                  on_group: OnGroup | None = None, on_progress: OnProgress | None = None) -> list[Group]:
+        if step:
+            self._begun.add(step)  # steps ahead of the policy may be at work in other threads
         groups = self._engine.generate(prompts, n=n, step=step, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
                                        on_group=on_group, on_progress=on_progress)
         if step:
             lines = (json.dumps({"id": g.prompt.id, "responses": [asdict(r) for r in g.responses]}) + "\n" for g in groups)
             (self._folder / f"step_{step}-{self._replica}.jsonl").write_text("".join(lines))
-            if self._replica == 0:
-                self._drop_foreign(step)
+            self._drop_stale()
         return groups
 
-    def _drop_foreign(self, step: int) -> None:
-        """No replica of this run writes these names, so that it does not matter which are at work meanwhile."""
-        ours = {f"step_{step}-{i}.jsonl" for i in range(self._replicas)}
-        for file in self._folder.glob(f"step_{step}-*.jsonl"):
-            if file.name not in ours:
-                file.unlink()
+    def _drop_stale(self) -> None:
+        """Each file is of one replica's care, so that it does not matter which are at work meanwhile."""
+        first = min(self._begun)
+        for file in self._folder.glob("step_*-*.jsonl"):
+            if not (named := NAME.fullmatch(file.name)) or int(named[1]) < first:
+                continue
+            step, replica = int(named[1]), int(named[2])
+            if (replica == self._replica and step not in self._begun) or (self._replica == 0 and replica >= self._replicas):
+                file.unlink(missing_ok=True)
 
     def send(self, source: WeightSource, version: int) -> dict[str, float]:
         times = self._engine.send(source, version)
@@ -73,8 +93,7 @@ class Replay:
     """The recorded responses in place of an engine's. Prompts must be those that the recording run drew, on any number of replicas."""
 
     def __init__(self, folder: Path) -> None:
-        if not any(folder.glob("step_*-*.jsonl")):
-            raise UserError(f"debug.replay = '{folder}' holds no recorded step (a run with debug.record writes them)")
+        refuse_unusable(None, str(folder))
         self._folder, self.version = folder, 0
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,
@@ -118,12 +137,11 @@ class Replay:
             raise UserError(f"debug.replay = '{self._folder}': step {step} was not recorded")
         found: dict[str, list[Response]] = {}
         for file in files:
-            for i, line in enumerate(file.read_text().splitlines(), 1):
+            for i, line in enumerate(_lines(file), 1):
                 prompt, responses = self._line(line, f"{file.name}:{i}")
-                if prompt in found:
-                    raise UserError(f"debug.replay = '{self._folder}': {file.name}:{i} answers prompt '{prompt}' of step {step} a second time; "
-                                    "record it anew, into an empty folder and with no prompt twice in a step")
-                found[prompt] = responses
+                if [r.token_ids for r in found.setdefault(prompt, responses)] != [r.token_ids for r in responses]:
+                    raise UserError(f"debug.replay = '{self._folder}': {file.name}:{i} answers prompt '{prompt}' of step {step} a second time and differently, "
+                                    "so that two runs are mixed there; record the step anew, into an empty folder")
         return found
 
     def _line(self, text: str, where: str) -> tuple[str, list[Response]]:
@@ -134,3 +152,10 @@ class Replay:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"debug.replay = '{self._folder}': {where} is no recorded prompt ({type(error).__name__}: {error}); "
                             "it may be cut short: record the step anew") from None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"debug.replay = '{file.parent}': {file.name} cannot be read: {error}") from None

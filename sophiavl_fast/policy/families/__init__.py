@@ -5,7 +5,6 @@ A further family is one file here with a subclass of `Family`, one entry in FAMI
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sophiavl_fast import model_folder
 from sophiavl_fast.errors import UserError
@@ -21,20 +20,10 @@ FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Qwen2_5_
 def open_family(path: str | Path) -> Family:
     """The adapter of the model folder's `model_type`. Raises UserError for a config.json that cannot be used, an unknown family, quantised weights."""
     folder = Path(path)
-    found = model_folder.read(folder)
-    kind = found.get("model_type")
+    kind = model_folder.read(folder).get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         hint = " ('internvl_chat' is the older format: take the folder's -hf twin)" if kind == "internvl_chat" else ""
         raise UserError(f"model.path = '{folder}': model_type '{kind}' is not supported{hint}; supported: {', '.join(FAMILIES)}")
     model_folder.refuse_partial(folder)
-    _refuse_quantised(folder, found)
+    model_folder.refuse_quantised(folder)
     return FAMILIES[kind](folder, model_folder.open_config(folder))
-
-
-def _refuse_quantised(folder: Path, found: dict[str, Any]) -> None:
-    """Codes of quantised weights would load as if they were the weights themselves."""
-    for part in (found, found.get("text_config")):
-        if isinstance(part, dict) and (method := part.get("quantization_config")):
-            name = method.get("quant_method") if isinstance(method, dict) else method
-            raise UserError(f"model.path = '{folder}': config.json names quantised weights (quantization_config, quant_method '{name}'), "
-                            "which cannot be trained; dequantise them to bfloat16 first or name the folder they were made from")

@@ -22,7 +22,8 @@ UNFELT = frozenset((
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "name_or_path", "use_cache", "initializer_range",
     "initializer_factor", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type", "bos_token_id",
     "eos_token_id", "pad_token_id", "tie_word_embeddings", "max_position_embeddings", "use_sliding_window", "sliding_window", "max_window_layers",
-    "is_encoder_decoder", "chunk_size_feed_forward", "rope_type", "type", "factor"))
+    "is_encoder_decoder", "chunk_size_feed_forward", "rope_type", "type", "factor", "attn_implementation", "tokenizer_class", "processor_class",
+    "torchscript", "use_bfloat16", "pruned_heads"))
 QKV_BIAS, QK_NORM = ("qwen2", "qwen2_5_vl_text"), ("qwen3", "qwen3_vl_text")
 TEXT_MODELS = (*QKV_BIAS, *QK_NORM, "llama")
 

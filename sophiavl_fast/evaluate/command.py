@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sophiavl_fast import config as tree
+from sophiavl_fast import model_folder
 from sophiavl_fast.data import open_eval
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
@@ -28,6 +29,7 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
         raise UserError(f"--out '{out}': " + ("is a folder; name a file" if out.is_dir() else f"folder '{out.parent}' does not exist"))
     config = tree.build({"model": {"path": model, "dtype": dtype}, "data": {"registry": registry, "eval": data, "templates": templates},
                          "rollout": {"engine": "inline", "max_new_tokens": max_new_tokens}, "eval": {"limit": limit}}, "evaluate")
+    model_folder.refuse_unreadable(model)
     processor = Processor(model)
     with Progress(config, "evaluate", steps=0) as progress:
         with progress.phase("data"):

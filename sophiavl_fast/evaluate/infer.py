@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.data.images import open_image
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.data.templates import load as load_template
@@ -15,6 +16,7 @@ from sophiavl_fast.types import Prompt
 def infer(model_path: str, images: Sequence[str], question: str, *, problem_type: str = "free_form", templates: str = "sophia",
           max_new_tokens: int = 2048) -> str:
     """The model's answer, thinking included. Raises UserError for an unreadable model folder, image or template."""
+    model_folder.refuse_unreadable(model_path)
     processor = Processor(model_path)
     messages = load_template(templates).messages(question, problem_type=problem_type, options=[], images=len(images))
     text, token_ids, expanded, resized, pixels, grid = processor.prepare(messages, [open_image(path) for path in images])

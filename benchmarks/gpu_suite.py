@@ -63,9 +63,6 @@ def main() -> int:
     a = parser.parse_args()
     import torch
 
-    if a.child:  # the interpreter's own faults are cured in one place
-        import tests.kernels.interpreter.conftest  # noqa: F401
-
     known, wish = parts(), [name for name in a.only.split(",") if name]
     if unknown := [name for name in wish if name not in known]:
         parser.error(f"--only {unknown[0]}: expected {', '.join(known)}")

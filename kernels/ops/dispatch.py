@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from .triton_interpreter import interprets
+
 BACKENDS = ("triton", "cpu", "reference")
+WISHES = ("auto", *BACKENDS)
 MODULES: dict[str, dict[str, str]] = {
     "linear_logprob": {"triton": "triton_logprob", "cpu": "cpu_logprob", "reference": "reference_logprob"},
     "logits_logprob": {"triton": "triton_logprob", "reference": "reference_logprob"},
@@ -34,7 +37,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
         served = dtype != torch.float64 and native in MODULES[op] and not _lack(op, native, device, dtype)
         return native if served else "reference"
     if wish not in BACKENDS:
-        raise ValueError(f"{origin} = {wish!r}: expected auto | {' | '.join(BACKENDS)}")
+        raise ValueError(f"{origin} = {wish!r}: expected {' | '.join(WISHES)}")
     if wish not in MODULES[op]:
         raise ValueError(f"{origin} = {wish!r}: {op} has no such backend in this build; available: {', '.join(MODULES[op])}")
     if why := _lack(op, wish, device, dtype):
@@ -52,6 +55,11 @@ def implementation(op: str, backend: str, device: torch.device, dtype: torch.dty
     return getattr(load(op, resolve(op, backend, device, dtype)), op)
 
 
+def _interpreting() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1."""
+    return interprets(import_module("triton.language.standard").sum)
+
+
 def _lack(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot serve, None: it can."""
     if backend == "triton":
@@ -63,5 +71,7 @@ def _lack(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> st
             return f"it needs compute capability 8.0 or newer, {device} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
         if dtype == torch.float64:
             return "it computes in float32; float64 needs backend='reference'"
+        if device.type != "cuda" and not _interpreting():
+            return "TRITON_INTERPRET=1 came after Triton was imported, which reads it then and once; set it where Python starts"
     unavailable = getattr(load(op, backend), "unavailable", None)
     return unavailable(op, device, dtype) if unavailable else None

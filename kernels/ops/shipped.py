@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .triton_interpreter import cure, interprets
+
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
     torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
@@ -40,6 +42,8 @@ class Launch:
         """Run it on the device of its first tensor, on that device's current stream. An empty grid is nothing to do."""
         if 0 in self.grid:
             return
+        if interprets(self.kernel):
+            cure()
         first = next((a for a in self.arguments.values() if isinstance(a, Tensor)), None)
         with torch.cuda.device_of(first) if first is not None and first.is_cuda else nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, **self.options)

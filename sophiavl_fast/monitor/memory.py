@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -34,6 +37,17 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def released_meanwhile() -> Iterator[None]:
+    """`release` in a thread beside the block, which waits for others most of the time; over when the block is."""
+    thread = threading.Thread(target=release, name="release")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def metrics() -> dict[str, float]:

@@ -17,7 +17,7 @@ from sophiavl_fast.recipes import ranks
 from sophiavl_fast.recipes.ahead import awaited
 from sophiavl_fast.types import Group, Prompt, derive_seed
 
-PROBE_TOKENS = 8
+PROBE_TOKENS = 4    # the prompt, and tokens behind it; each waits for a step of all that the engine has in flight
 
 
 class Probe:

@@ -147,7 +147,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
         if not config.debug.rollout_only:
             metrics |= update(rooms, groups, advantage, step)
             policy.rest()
-    with phase("transfer") as transfer:
+    with memory.released_meanwhile(), phase("transfer") as transfer:
         sent = rooms.rollout.send(policy, version=step)
     if rooms.probe:
         rooms.probe.ask(groups, step)
@@ -159,7 +159,6 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     parts = policy.gather_replicas((rows, rooms.rollout.counters()))
     rows = [row for part, _ in parts for row in part]
     lengths = samples.length_metrics(rows)
-    memory.release()
     metrics |= lengths | ranks.engine_metrics(sent, [found for _, found in parts]) | memory.metrics() | {
         "reward/grader_killed": seen.everyone.scores.killed, "data/skipped": seen.everyone.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / metrics.get("rollout/busy_s", rollout.seconds),

@@ -1,5 +1,6 @@
 """Each family in one process against plain transformers; refusals of what no adapter covers. Layouts: test_layouts.py."""
 import json
+import shutil
 
 import matrix
 import pytest
@@ -9,6 +10,7 @@ import zoo
 from matrix import Job
 from safetensors.torch import load_file, save_file
 from test_parity import draw, gradients, weighted_sum
+from transformers import AutoModelForImageTextToText
 
 from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.policy import checkpoint
@@ -75,6 +77,15 @@ def test_compare_hf_sees_the_live_weights(root, create, kind):
     assert policy.compare_hf(batches, before) > 1e-4
 
 
+def test_compare_hf_has_no_dropout_either(root, create, tmp_path):
+    path = shutil.copytree(matrix.folder(root, "qwen2_5_vl", False), tmp_path / "drop")
+    tree = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(tree | {"text_config": tree["text_config"] | {"attention_dropout": 0.3}}))
+    policy = create(path, policy={"tokens_per_row": 100})
+    batches = policy.pack(zoo.groups("qwen2_5_vl"), None)
+    assert policy.compare_hf(batches, policy.logprobs(batches)) < 1e-5
+
+
 def test_internvl_folder_under_in_memory_names_loads(root, create, tmp_path):
     """Folders that newer tools save spell names as transformers holds them."""
     path = matrix.folder(root, "internvl3", False)
@@ -129,6 +140,26 @@ def test_a_checkpoint_of_another_family_is_refused(root, create, tmp_path):
     policy = create(matrix.folder(root, "qwen3_vl", False))
     with pytest.raises(UserError, match="is of another model: model_type is 'internvl' there, 'qwen3_vl' here"):
         checkpoint.load(policy, checkpoint.newest(tmp_path))
+
+
+@pytest.mark.parametrize("kind", zoo.FAMILIES)
+def test_a_folder_that_was_written_again_is_the_same_model(root, create, tmp_path, kind):
+    """The policy's own export, a model saved anew by transformers, and a config of Qwen2.5-VL with the text's fields at the top, as it was published."""
+    path = matrix.folder(root, kind, False)
+    family = create(path).family
+    own = open_family(create(path).export(tmp_path / "own"))
+    AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    again = open_family(tmp_path / "again")
+    assert family.described == own.described == again.described and len(family.described) > 20
+    tree = json.loads((path / "config.json").read_text())
+    if kind == "qwen2_5_vl":
+        text = tree.pop("text_config")
+        rope = text.pop("rope_parameters")
+        (tmp_path / "own" / "config.json").write_text(json.dumps({
+            **text, **tree, "rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}))
+        flat = open_family(tmp_path / "own").described
+        assert {k: flat[k] for k in family.described if k in flat} == {k: v for k, v in family.described.items() if k in flat}
+        assert flat["text_config.rope_parameters.rope_theta"] == 1e4
 
 
 @pytest.mark.parametrize("kind", zoo.FAMILIES)

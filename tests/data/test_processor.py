@@ -1,4 +1,6 @@
 """One processor for trainer and engine: token ids, expansion, resized images and pixels agree with Hugging Face's own."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,21 @@ def test_missing_processor_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no usable vision-language processor") as error:
         Processor(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file,text,message", [
+    ("config.json", "null", "config.json holds null"), ("config.json", "[]", "config.json holds a list"), ("config.json", "{", "config.json cannot be read"),
+    ("config.json", '{"model_type": "qwen2", "text_config": {"vocab_size": 8}}', "its text_config is not one that a model_type 'qwen2' has"),
+    ("config.json", '{"model_type": "nothing"}', "config.json cannot be used"),
+    ("config.json", '{"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": 3, "layer_types": ["full_attention"]}}', "config.json cannot be used"),
+    ("tokenizer.json", "{", "no usable vision-language processor"), ("preprocessor_config.json", "[]", "no usable vision-language processor"),
+    ("generation_config.json", "{", "generation_config.json cannot be read"), ("generation_config.json", "[]", "generation_config.json cannot be read"),
+])
+def test_files_that_cannot_be_read_are_one_line(model_folder, tmp_path, file, text, message):
+    folder = shutil.copytree(model_folder, tmp_path / "spoilt")
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
+        Processor(folder)
 
 
 def test_images_stay_rgb(processor):

@@ -25,8 +25,8 @@ def rows(config: Config, gpus: list[dict]) -> list[Row]:
     try:
         sizes = shapes.read(config.model.path)
     except UserError as error:
-        out.append(_layout(config, world, None))
-        return [*out, Row("memory of a rank", "WARN", str(error), "the plan needs the model's sizes")] if out[0].status != "FAIL" else out
+        found = str(error).rsplit("; ", 1)
+        return [out[0] if out[0].status == "FAIL" else Row("model", "FAIL", *found), *out[1:], _layout(config, world, None)]
     out.append(_layout(config, world, sizes))
     return out + _memory(config, sizes, world, gpus) if out[-1].status == "OK" else out
 

@@ -99,6 +99,28 @@ def test_parameters_are_counted_from_the_headers(setup, tmp_path):
     assert fit.count_parameters(tmp_path / "model") == 1536
 
 
+@pytest.mark.parametrize("file,text,found,hint", [
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n", "is cut short or no safetensors file", "git lfs pull"),
+    ("model.safetensors", b"", "0 bytes without a header", "download"),
+    ("config.json", b"null", "holds null", "download"), ("config.json", b"[]", "holds a list", "download"),
+    ("config.json", b'{"model_type": "qwen2_5_vl"}', "lacks text_config and vision_config", "whole Hugging Face folder"),
+    ("config.json", b'{"model_type": "llava", "text_config": {}, "vision_config": {}}', "model_type 'llava' is not supported", "supported: qwen2_5_vl"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "names 'b.safetensors', which is not there", "download"),
+])
+def test_a_model_that_cannot_be_read_is_its_row(setup, tmp_path, file, text, found, hint):
+    (tmp_path / "model" / file).write_bytes(text)
+    rows = {row.name: row for row in fit.rows(setup, [])}
+    assert list(rows) == ["model", "data mine", "layout"] or rows["memory of a rank"].status == "OK"
+    assert rows["model"].status == "FAIL" and found in rows["model"].found and hint in rows["model"].hint and "\n" not in rows["model"].found
+
+
+def test_quantised_weights_are_the_models_row(setup, tmp_path):
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    row = fit.rows(setup, [])[0]
+    assert (row.status, row.hint[:10]) == ("FAIL", "dequantise") and "quant_method 'awq'" in row.found
+
+
 def test_memory_of_a_rank_is_listed_by_item(setup):
     """On a GPU with the engine beside it; too small a one fails with advice, or warns where memory.check says so."""
     setup.device, setup.model.dtype = "auto", "bfloat16"

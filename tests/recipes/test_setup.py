@@ -1,9 +1,15 @@
 """What a recipe refuses before it loads anything, and how a rollout batch is cut into mini-batches."""
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
+from sophiavl_fast.policy import checkpoint
+from sophiavl_fast.policy.families import open_family
 from sophiavl_fast.recipes import setup
 from sophiavl_fast.types import Group, Prompt, Response
 
@@ -27,6 +33,68 @@ def test_a_judge_that_is_not_there_is_named_before_anything_is_loaded(tmp_path):
         setup.refuse_missing_judge(conf(thinking={"backend": "endpoint", "url": "http://h", "model": "m", "template": "demo_jugde"}))
     setup.refuse_missing_judge(conf(thinking={"backend": "local", "path": "none"}, algorithm={"name": "grpo"}))
     setup.refuse_missing_judge(conf(thinking={"path": "none", "template": "none"}))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from sophiavl_fast.data.demo import tiny_model
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model.build(folder, 0)
+    return folder
+
+
+def checkpoint_of(model, run, step, **state):
+    """A checkpoint's manifest and an empty part, as they lie on disk."""
+    config = Config.model_validate({"model": {"path": str(model)}})
+    folder = run / "checkpoints" / f"step_{step}"
+    folder.mkdir(parents=True)
+    save_file({"rng/cpu": torch.zeros(1)}, str(folder / "part-0-0.safetensors"))
+    whole = {"step": step, "total_steps": 9, "seed": 3, "loader": {}, "config": config.model_dump()} | state
+    (folder / "manifest.json").write_text(json.dumps({
+        "step": step, "updates": step, "identity": checkpoint.identity(config, open_family(model)), "tensors": {"rng/cpu": "part-0-0.safetensors"},
+        "state": {k: v for k, v in whole.items() if v is not None}}))
+    return folder
+
+
+def test_the_checkpoint_to_go_on_from_is_looked_at_before_anything_is_loaded(model, tmp_path):
+    go = lambda seed=3, **keys: setup.resume_point(conf(run={"dir": str(tmp_path), "seed": seed}, model={"path": str(model)} | keys))
+    checkpoint_of(model, tmp_path, 1)
+    newest = checkpoint_of(model, tmp_path, 2)
+    assert go() == newest
+    with pytest.raises(UserError, match=rf"run.seed = 5, but checkpoint '{newest}' was made with 3; set run.seed=3"):
+        go(5)
+    with pytest.raises(UserError, match=r"model.freeze_vision is False there, True here; set model.freeze_vision=false"):
+        go(freeze_vision=True)
+    other = shutil.copytree(model, tmp_path / "other")
+    tree = json.loads((other / "config.json").read_text())
+    tree["text_config"]["rope_parameters"]["rope_theta"] *= 2
+    (other / "config.json").write_text(json.dumps(tree))
+    (other / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"is of another model: text_config.*.rope_theta is .*; resume with the run's own model.path = '{model}'"):
+        go(path=str(other))
+    (newest / "part-0-0.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"'part-0-0.safetensors' is cut short .*; another one is '.*step_1'"):
+        go()
+    foreign = checkpoint_of(model, tmp_path, 3, seed=None, config=None)
+    with pytest.raises(UserError, match=rf"checkpoint '{foreign}' was not written by `train`: its state lacks seed, config"):
+        go()
+
+
+def test_what_cannot_be_read_is_refused_before_anything_is_loaded(model, tmp_path):
+    good = {"model": {"path": str(model)}, "thinking": {"backend": "off"}}
+    setup.refuse_unreadable(conf(**good))
+    cut = shutil.copytree(model, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-9])
+    for recipe in ("rl", "sft"):
+        with pytest.raises(UserError, match=rf"model.path = '{cut}': 'model.safetensors' is cut short"):
+            setup.refuse_unreadable(conf(**good | {"model": {"path": str(cut)}, "recipe": recipe}))
+    with pytest.raises(UserError, match=rf"model.path = '{tmp_path}/cuts': no config.json there; did you mean '{cut}'"):
+        setup.refuse_unreadable(conf(model={"path": f"{tmp_path}/cuts"}))
+    with pytest.raises(UserError, match=r"debug.replay = '.*nowhere' holds no recorded step"):
+        setup.refuse_unreadable(conf(**good, debug={"replay": str(tmp_path / "nowhere")}))
+    with pytest.raises(UserError, match=r"thinking.path = '.*none' is no model folder"):
+        setup.refuse_unreadable(conf(**good | {"thinking": {"backend": "local", "path": str(tmp_path / "none")}}))
 
 
 def batch(names: range) -> tuple[list[Group], torch.Tensor]:

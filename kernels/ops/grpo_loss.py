@@ -1,15 +1,17 @@
 """The GRPO family's policy loss over packed responses, with its statistics."""
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from .checks import INTEGERS, expect, expect_boundaries, expect_choice, expect_tensor, reads_contents
-from .loss_ops import loss
+from .checks import INTEGERS, expect, expect_boundaries, expect_choice, expect_flags, expect_number, expect_tensor, reads_contents
+from .coefficients import Coefficient
+from .dispatch import WISHES
+from .loss_ops import CHOICES, Aggregate, Kl, Ratio, Variant, loss
 
-Coefficient = float | Tensor
+# Range of each coefficient: infinite clips and caps never act, which is legal; whatever multiplies or divides must be finite.
+_AT_LEAST_0 = {"clip_low": False, "clip_high": False, "kl_coef": True, "entropy_coef": True}  # name: finite
+_ABOVE = {"dual_clip": (1.0, False), "pre_clip": (0.0, False), "tis_cap": (0.0, False), "max_length": (0.0, True), "denominator": (0.0, True)}
 
 
 def grpo_loss(
@@ -20,16 +22,16 @@ def grpo_loss(
     old_logprob: Tensor | None = None,
     mask: Tensor | None = None,
     denominator: Coefficient | None = None,
-    variant: Literal["ppo", "cispo"] = "ppo",
-    ratio: Literal["token", "sequence"] = "token",
-    aggregate: Literal["token", "sequence", "constant"] = "token",
+    variant: Variant = "ppo",
+    ratio: Ratio = "token",
+    aggregate: Aggregate = "token",
     max_length: Coefficient | None = None,
     clip_low: Coefficient = 0.2,
     clip_high: Coefficient = 0.2,
     dual_clip: Coefficient | None = None,
     pre_clip: Coefficient | None = None,
     ref_logprob: Tensor | None = None,
-    kl: Literal["k1", "k2", "k3"] = "k3",
+    kl: Kl = "k3",
     kl_coef: Coefficient = 0.0,
     rollout_logprob: Tensor | None = None,
     tis_cap: Coefficient | None = None,
@@ -46,7 +48,7 @@ def grpo_loss(
     cu_seqlens      [B+1] int64 or int32 boundaries of the responses; empty responses are legal
     old_logprob     [T] of the policy that the ratio is taken against; None: logprob detached (ratio 1)
     mask            [T] bool, False: the token does not count
-    denominator     global count that the sum is divided by: tokens, responses (sequence, constant)
+    denominator     global count that the sum is divided by: tokens, responses (sequence, constant); finite
     variant         ppo: clipped ratio; cispo: -stop_gradient(clip(r)) A logprob (MiniMax-M1, arXiv 2506.13585, eq. 4)
     ratio           token: r_t = exp(logprob_t - old_t); sequence: exp of their mean over the response (GSPO, arXiv 2507.18071, eq. 7)
     aggregate       w_t = 1 | 1 / counting tokens of the response | 1 / max_length (Dr. GRPO, arXiv 2503.20783)
@@ -59,8 +61,18 @@ def grpo_loss(
     entropy         [T], its gradient enters with -entropy_coef
     debug           read contents (boundaries) on a GPU too, at the cost of a sync
 
-    Coefficients are floats or 0-d tensors on the device. Returns (loss, 0-d, differentiable in logprob and entropy;
-    statistics [K] fp32, slots named by STATS). Raises ValueError naming the argument, its value and what was expected.
+    Coefficients are floats or 0-d tensors on the device (ranges of tensors are checked where contents are read). Returns (loss,
+    0-d, differentiable in logprob and entropy; statistics [K] fp32, slots named by STATS). Raises ValueError naming the argument,
+    its value and what was expected.
+
+    Where exp overflows (differences of 88 nats and more in fp32): what has no weight adds exactly 0 to loss and gradient, be the
+    rest inf or NaN: an advantage of 0, a coefficient of 0, a truncated importance weight of 0. Elsewhere a ratio of inf is
+    clipped as any other: A > 0 gives -clip(r) A and no gradient, A < 0 inf in both unless dual_clip or pre_clip holds it, cispo
+    its bounded weight; the weight of tis_cap saturates at the cap; k3 and its gradient are inf. Statistics say what was there.
+
+    First derivatives by torch.autograd only: differentiating the gradient again is a RuntimeError (under torch.compile PyTorch
+    itself drops second derivatives of most ops); tangents, torch.func transforms, and other inputs that require a gradient while
+    it is recorded, are a ValueError: detach them.
     """
     options = {
         "old_logprob": old_logprob, "mask": mask, "denominator": denominator, "variant": variant, "ratio": ratio, "aggregate": aggregate,
@@ -68,13 +80,15 @@ def grpo_loss(
         "kl": kl, "kl_coef": kl_coef, "rollout_logprob": rollout_logprob, "tis_cap": tis_cap, "mismatch_mask": mismatch_mask, "entropy": entropy,
         "entropy_coef": entropy_coef,
     }
+    expect_flags(debug=debug)
+    expect_choice("backend", backend, WISHES)
     _check_tensors(logprob, advantage, cu_seqlens, options, debug)
-    _check_options(options, logprob.device)
+    _check_options(options, logprob.device, debug)
     return loss(logprob, advantage, cu_seqlens, backend=backend, **options)
 
 
 def _check_tensors(logprob: Tensor, advantage: Tensor, bounds: Tensor, o: dict, debug: bool) -> None:
-    expect_tensor("logprob", logprob, ("T",), (torch.float32, torch.float64), logprob.device)
+    expect_tensor("logprob", logprob, ("T",), (torch.float32, torch.float64), differentiable=True)
     device, tokens, dtype = logprob.device, logprob.shape[0], (torch.float32, logprob.dtype)
     expect_tensor("cu_seqlens", bounds, ("B+1",), INTEGERS, device)
     expect(len(bounds) > 0, "cu_seqlens", "an empty tensor", "B + 1 boundaries")
@@ -82,7 +96,7 @@ def _check_tensors(logprob: Tensor, advantage: Tensor, bounds: Tensor, o: dict, 
     _expect_rows("advantage", advantage, rows, tokens, dtype, device)
     for name in ("old_logprob", "ref_logprob", "rollout_logprob", "entropy"):
         if o[name] is not None:
-            expect_tensor(name, o[name], (tokens,), dtype, device)
+            expect_tensor(name, o[name], (tokens,), dtype, device, differentiable=name == "entropy")
     if o["mask"] is not None:
         expect_tensor("mask", o["mask"], (tokens,), (torch.bool,), device)
     if o["mismatch_mask"] is not None:
@@ -96,22 +110,13 @@ def _expect_rows(name: str, tensor: Tensor, rows: int, tokens: int, dtypes: tupl
     expect(len(tensor) in (rows, tokens), name, f"a tensor of shape [{len(tensor)}]", f"shape [{rows}], one a response, or [{tokens}], one a token")
 
 
-def _check_options(o: dict, device: torch.device) -> None:
-    expect_choice("variant", o["variant"], ("ppo", "cispo"))
-    expect_choice("ratio", o["ratio"], ("token", "sequence"))
-    expect_choice("aggregate", o["aggregate"], ("token", "sequence", "constant"))
-    expect_choice("kl", o["kl"], ("k1", "k2", "k3"))
-    for name in ("clip_low", "clip_high", "entropy_coef", "kl_coef", "dual_clip", "pre_clip", "tis_cap", "max_length", "denominator"):
-        optional = name not in ("clip_low", "clip_high", "entropy_coef", "kl_coef")
-        if not (isinstance(o[name], Tensor | float | int) or (optional and o[name] is None)):
-            expect(False, name, repr(o[name]), "a float or a 0-d tensor" + ", or None" * optional)
-    for name, low in (("clip_low", 0.0), ("clip_high", 0.0), ("entropy_coef", 0.0), ("kl_coef", 0.0)):
-        expect(isinstance(o[name], Tensor) or o[name] >= low, name, o[name], f"a value of at least {low:g}")
-    for name, low in (("dual_clip", 1.0), ("pre_clip", 0.0), ("tis_cap", 0.0), ("max_length", 0.0), ("denominator", 0.0)):
-        expect(o[name] is None or isinstance(o[name], Tensor) or o[name] > low, name, o[name], f"None or a value above {low:g}")
-    for name in ("clip_low", "clip_high", "entropy_coef", "kl_coef", "dual_clip", "pre_clip", "tis_cap", "max_length", "denominator"):
-        if isinstance(o[name], Tensor):
-            expect_tensor(name, o[name], (), (torch.float32, torch.float64, torch.int64, torch.int32), device)
+def _check_options(o: dict, device: torch.device, debug: bool) -> None:
+    for name, choices in CHOICES.items():
+        expect_choice(name, o[name], choices)
+    for name, finite in _AT_LEAST_0.items():
+        expect_number(name, o[name], device, least=0.0, finite=finite, debug=debug)
+    for name, (low, finite) in _ABOVE.items():
+        expect_number(name, o[name], device, above=low, finite=finite, optional=True, debug=debug)
     expect((o["max_length"] is not None) == (o["aggregate"] == "constant"), "max_length", o["max_length"], "a length with aggregate='constant', else None")
     expect(o["dual_clip"] is None or o["variant"] == "ppo", "dual_clip", o["dual_clip"], "None with variant='cispo'")
     for coefficient, source in (("kl_coef", "ref_logprob"), ("entropy_coef", "entropy"), ("tis_cap", "rollout_logprob")):

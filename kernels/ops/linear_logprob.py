@@ -1,15 +1,15 @@
 """Log-prob (and entropy) of target tokens straight from hidden states and the output projection."""
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .checks import FLOATS, INTEGERS, expect, expect_tensor, reads_contents
+from .checks import FLOATS, INTEGERS, expect, expect_choice, expect_count, expect_flags, expect_number, expect_tensor, reads_contents
+from .coefficients import Coefficient
+from .dispatch import WISHES
 from .logprob_ops import logprob
-from .vocabulary import IGNORE, Shard
+from .vocabulary import IGNORE, Shard, wide
 
 
 def linear_logprob(
@@ -18,7 +18,7 @@ def linear_logprob(
     target: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Coefficient = 1.0,
     entropy: bool = False,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
@@ -34,7 +34,7 @@ def linear_logprob(
     weight      [V/tp, H], hidden's dtype: this rank's rows of the output projection, equal shards in rank order
     target      [T] int64 or int32 global token ids; -100 gives 0 and no gradient, whatever the row holds
     bias        [V/tp]; -inf bans a token. Added before the division by the temperature, as samplers do
-    temperature float, or a 0-d tensor on the device
+    temperature float, or a 0-d tensor on the device; above 0, a constant to autograd
     entropy     also return the entropy (nats) of each row's distribution
     vocab_size  the true vocabulary: rows from there on are padding and never enter
     group       tensor-parallel group; one all-gather of four floats a token
@@ -46,23 +46,24 @@ def linear_logprob(
 
     Returns (logprob [T], entropy [T] or None), fp32. Differentiable in hidden, weight and bias; under tensor
     parallelism hidden's gradient is this rank's part, to be summed once over the group by the caller.
+    First derivatives by torch.autograd only: differentiating the gradient again is a RuntimeError; tangents, torch.func
+    transforms and a temperature that requires a gradient while it is recorded are a ValueError.
     Raises ValueError naming the argument, its value and what was expected.
     """
-    expect_tensor("hidden", hidden, ("T", "H"), FLOATS, hidden.device)
+    expect_tensor("hidden", hidden, ("T", "H"), FLOATS, differentiable=True)
     device, (rows, width) = hidden.device, hidden.shape
     expect(width > 0, "hidden", f"a tensor of shape {list(hidden.shape)}", "H of at least 1")
-    expect_tensor("weight", weight, ("V/tp", width), (hidden.dtype,), device)
+    expect_tensor("weight", weight, ("V/tp", width), (hidden.dtype,), device, differentiable=True)
     expect_tensor("target", target, (rows,), INTEGERS, device)
     if bias is not None:
-        expect_tensor("bias", bias, (weight.shape[0],), FLOATS, device)
+        expect_tensor("bias", bias, (weight.shape[0],), FLOATS, device, differentiable=True)
     if main_grad is not None:
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        expect_tensor("main_grad", main_grad, weight.shape, (wide,), device)
+        expect_tensor("main_grad", main_grad, weight.shape, (wide(weight.dtype),), device)
         expect(main_grad.is_contiguous(), "main_grad", f"a tensor of strides {main_grad.stride()}", "a contiguous one")
     if active is not None:
         expect_tensor("active", active, ("A",), (torch.int64,), device)
     shard = Shard.of(weight.shape[0], vocab_size, group)
-    check_common(temperature, target, shard, chunk, debug)
+    check_common(temperature, target, shard, chunk, backend, debug=debug, entropy=entropy)
     if active is not None and active.numel() and reads_contents(active, debug):
         once = len(active.unique()) == len(active)
         expect(active.min().item() >= 0 and active.max().item() < rows and once, "active", active.tolist(), f"rows in [0, {rows}), each once")
@@ -70,16 +71,12 @@ def linear_logprob(
                    chunk=chunk, backend=backend)
 
 
-def check_common(temperature: float | Tensor, target: Tensor, shard: Shard, chunk: int, debug: bool) -> None:
+def check_common(temperature: Coefficient, target: Tensor, shard: Shard, chunk: int, backend: str, *, debug: bool, **flags: bool) -> None:
     """Checks that linear_logprob and logits_logprob share."""
-    if isinstance(temperature, Tensor):
-        expect(temperature.dim() == 0, "temperature", f"a tensor of shape {list(temperature.shape)}", "a float or a 0-d tensor")
-        expect(temperature.device == target.device, "temperature", f"a tensor on {temperature.device}", f"device {target.device}")
-    else:
-        expect(isinstance(temperature, float | int), "temperature", temperature, "a float or a 0-d tensor")
-    if not isinstance(temperature, Tensor) or reads_contents(temperature, debug):
-        expect(0 < float(temperature) < math.inf, "temperature", float(temperature), "a finite value above 0")
-    expect(chunk >= 1, "chunk", chunk, "at least 1")
+    expect_flags(debug=debug, **flags)
+    expect_choice("backend", backend, WISHES)
+    expect_number("temperature", temperature, target.device, above=0, debug=debug)
+    expect_count("chunk", chunk, 1)
     if target.numel() and reads_contents(target, debug):
         wrong = target[((target < 0) | (target >= shard.vocab_size)) & (target != IGNORE)]
         expect(not wrong.numel(), "target", wrong[:1].tolist(), f"ids in [0, {shard.vocab_size}), or {IGNORE}")

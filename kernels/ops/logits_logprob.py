@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .checks import FLOATS, INTEGERS, expect, expect_tensor
+from .coefficients import Coefficient
 from .linear_logprob import check_common
 from .logprob_ops import logprob
 from .vocabulary import Shard
@@ -15,7 +16,7 @@ def logits_logprob(
     logits: Tensor,
     target: Tensor,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: Coefficient = 1.0,
     entropy: bool = False,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
@@ -31,12 +32,13 @@ def logits_logprob(
     logits has their dtype and is complete on every tensor-parallel rank.
 
     inplace: the backward pass turns the logits' own memory into their gradient, so that no second [T, V/tp] exists; a
-    second backward pass, or another op that still needs the logits, is an error. Not for leaves; torch.compile ignores it.
+    second backward pass, or another op that still needs the logits, is an error. Not for leaves; torch.compile ignores it,
+    and create_graph=True copies the gradient.
     """
-    expect_tensor("logits", logits, ("T", "V/tp"), FLOATS, logits.device)
+    expect_tensor("logits", logits, ("T", "V/tp"), FLOATS, differentiable=True)
     expect_tensor("target", target, (logits.shape[0],), INTEGERS, logits.device)
     shard = Shard.of(logits.shape[1], vocab_size, group)
-    check_common(temperature, target, shard, chunk, debug)
+    check_common(temperature, target, shard, chunk, backend, debug=debug, entropy=entropy, inplace=inplace)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         expect(not logits.is_leaf, "inplace", inplace, "False for a leaf tensor, whose values are the caller's to keep")
         expect(logits.is_contiguous(), "inplace", inplace, f"contiguous logits, these have strides {logits.stride()}")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import load, resolve
-from .vocabulary import IGNORE, Shard, Whole, combine
+from .first_order import once
+from .vocabulary import IGNORE, Shard, Whole, combine, wide
 
 # tau is the temperature where it is a tensor, temperature where it is a number.
 _COMMON = "Tensor? tau, float temperature, int valid, SymInt chunk, str backend"
@@ -58,7 +59,7 @@ def logprob_statistics(hidden, weight, bias, column, here, entropy, tau, tempera
 
 @logprob_statistics.register_fake
 def _(hidden, weight, bias, column, here, entropy, tau, temperature, valid, chunk, backend):
-    return hidden.new_empty(4, hidden.shape[0], dtype=_wide(hidden))
+    return hidden.new_empty(4, hidden.shape[0], dtype=wide(hidden.dtype))
 
 
 @torch.library.custom_op("sophiavl::logprob_gradients", mutates_args=("main_grad",), schema=f"({_SHARD}, {_WHOLE}, Tensor g, Tensor? h, Tensor? active, "
@@ -121,7 +122,17 @@ def _save(ctx: Any, inputs: tuple, output: Any) -> None:
 def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.spent:
         raise RuntimeError("logits_logprob(inplace=True): a second backward pass, but the first has turned the logits into their gradient")
-    hidden, weight, bias, column, here, live, top, total, logprob, entropy, active, tau = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    with torch.no_grad():
+        found = _gradients(ctx, saved, grad_logprob, grad_entropy)
+    hidden, weight, bias = saved[:3]
+    op = "logits_logprob" if weight is None else "linear_logprob"
+    return *once(op, found, (hidden, weight, bias, grad_logprob, grad_entropy)), *[None] * 16
+
+
+def _gradients(ctx: Any, saved: tuple, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of hidden, weight and bias, None where not wanted."""
+    hidden, weight, bias, column, here, live, top, total, logprob, entropy, active, tau = saved
     temperature = _first(tau, ctx.rest[0])
     g = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob.where(live, 0) / temperature
     h = None if grad_entropy is None or not ctx.with_entropy else grad_entropy.where(live, 0) / temperature
@@ -129,11 +140,11 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
     if ctx.inplace:
         ctx.spent = True
         torch.ops.sophiavl.logits_gradients_(hidden, *whole, *common)
-        return hidden, *[None] * 18
+        return hidden.detach(), None, None
     wants = [x is not None and needed for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
     found = torch.ops.sophiavl.logprob_gradients(hidden, weight, bias, *whole, active, ctx.main_grad, *wants, *common)
     wants[1] = wants[1] and ctx.main_grad is None
-    return *(x if wanted else None for x, wanted in zip(found, wants)), *[None] * 16
+    return tuple(x if wanted else None for x, wanted in zip(found, wants))
 
 
 logprob_attach.register_autograd(_backward, setup_context=_save)
@@ -141,10 +152,6 @@ logprob_attach.register_autograd(_backward, setup_context=_save)
 
 def _first(tau: Tensor | None, temperature: float) -> float | Tensor:
     return temperature if tau is None else tau
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _backend(hidden: Tensor, weight: Tensor | None, wish: str) -> ModuleType:

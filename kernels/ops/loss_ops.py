@@ -1,24 +1,26 @@
-"""grpo_loss as torch.library knows it: one op that computes loss, statistics and both gradients; its backward pass only scales them.
-
-A schema has no type for "a number or a tensor or nothing": each coefficient travels as a letter of `kinds` (n, t, -), an entry
-of `numbers` and an optional tensor.
-"""
+"""grpo_loss as torch.library knows it: one op that computes loss, statistics and both gradients; its backward pass only scales them."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from . import coefficients
 from .dispatch import load, resolve
+from .first_order import once
 from .stats import STATS
 
 TENSORS = ("old_logprob", "mask", "ref_logprob", "rollout_logprob", "mismatch_mask", "entropy")
 COEFFICIENTS = ("denominator", "max_length", "clip_low", "clip_high", "dual_clip", "pre_clip", "kl_coef", "tis_cap", "entropy_coef")
-CHOICES = ("variant", "ratio", "aggregate", "kl")
-_OPTIONAL, _DEVICE = (", ".join(f"Tensor? {name}" for name in names) for names in (TENSORS, COEFFICIENTS))
+Variant = Literal["ppo", "cispo"]
+Ratio = Literal["token", "sequence"]
+Aggregate = Literal["token", "sequence", "constant"]
+Kl = Literal["k1", "k2", "k3"]
+CHOICES: dict[str, tuple[str, ...]] = {name: get_args(kind) for name, kind in (("variant", Variant), ("ratio", Ratio), ("aggregate", Aggregate), ("kl", Kl))}
+_OPTIONAL = ", ".join(f"Tensor? {name}" for name in TENSORS)
 _OPTIONS = ", ".join([*(f"str {name}" for name in CHOICES), "bool gradient", "bool entropy_gradient", "str backend"])
-_SCHEMA = (f"(Tensor logprob, Tensor advantage, Tensor cu_seqlens, {_OPTIONAL}, str kinds, float[] numbers, {_DEVICE}, {_OPTIONS})"
+_SCHEMA = (f"(Tensor logprob, Tensor advantage, Tensor cu_seqlens, {_OPTIONAL}, {coefficients.schema(COEFFICIENTS)}, {_OPTIONS})"
            " -> (Tensor, Tensor, Tensor, Tensor)")
 
 
@@ -30,13 +32,9 @@ def loss(logprob: Tensor, advantage: Tensor, cu_seqlens: Tensor, *, backend: str
     entropy_gradient = recording and entropy is not None and entropy.requires_grad and bonus
     if entropy is not None and not entropy_gradient:
         entropy = entropy.detach()  # a statistic: autograd never visits it, which spares the log-prob's backward pass half its work
-    values = [o[name] for name in COEFFICIENTS]
-    kinds = "".join("-" if v is None else "t" if isinstance(v, Tensor) else "n" for v in values)
-    numbers = [0.0 if v is None or isinstance(v, Tensor) else float(v) for v in values]
-    tensors = [v if isinstance(v, Tensor) else None for v in values]
     optional = [entropy if name == "entropy" else o[name] for name in TENSORS]
     value, stats, _, _ = torch.ops.sophiavl.grpo_loss(
-        logprob, advantage, cu_seqlens, *optional, kinds, numbers, *tensors, *[o[name] for name in CHOICES], gradient, entropy_gradient, backend)
+        logprob, advantage, cu_seqlens, *optional, *coefficients.encode(COEFFICIENTS, o), *[o[name] for name in CHOICES], gradient, entropy_gradient, backend)
     return value, stats
 
 
@@ -45,11 +43,10 @@ def grpo_loss(logprob, advantage, cu_seqlens, old_logprob, mask, ref_logprob, ro
     """(loss, stats [K], d loss / d logprob, d loss / d entropy); a gradient that was not asked for is an empty tensor."""
     tensors, (variant, ratio, aggregate, kl, gradient, entropy_gradient, backend) = rest[:len(COEFFICIENTS)], rest[len(COEFFICIENTS):]
     module = load("grpo_loss", resolve("grpo_loss", backend, logprob.device, logprob.dtype))
-    coefficients = {name: {"-": None, "n": n, "t": t}[kind] for name, kind, n, t in zip(COEFFICIENTS, kinds, numbers, tensors, strict=True)}
     value, stats, d_logprob, d_entropy = module.forward(
         logprob, advantage, cu_seqlens, old_logprob=old_logprob, mask=mask, ref_logprob=ref_logprob, rollout_logprob=rollout_logprob,
         mismatch_mask=mismatch_mask, entropy=entropy, variant=variant, ratio=ratio, aggregate=aggregate, kl=kl, gradient=gradient,
-        entropy_gradient=entropy_gradient, **coefficients)
+        entropy_gradient=entropy_gradient, **coefficients.decode(COEFFICIENTS, kinds, numbers, tensors))
     empty = lambda: logprob.new_empty(0)
     return value, stats, empty() if d_logprob is None else d_logprob, empty() if d_entropy is None else d_entropy
 
@@ -62,9 +59,10 @@ def _(logprob, advantage, cu_seqlens, old_logprob, mask, ref_logprob, rollout_lo
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])  # so a second derivative is an error of autograd's, not a silent zero
-    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.place, ctx.wants = 3 + TENSORS.index("entropy"), (inputs[-3], inputs[-2])
+    # The inputs for `once` alone: they are no bytes of ours.
+    ctx.save_for_backward(inputs[0], inputs[ctx.place] if ctx.wants[1] else None, *output[2:])
     ctx.arguments = len(inputs)
     ctx.set_materialize_grads(False)
 
@@ -72,8 +70,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * ctx.arguments
     if grad_loss is not None:
-        for place, gradient, wanted in zip((0, ctx.place), ctx.saved_tensors, ctx.wants, strict=True):
-            grads[place] = grad_loss * gradient if wanted else None
+        logprob, entropy, *found = ctx.saved_tensors
+        scaled = [grad_loss.detach() * x if wanted else None for x, wanted in zip(found, ctx.wants, strict=True)]
+        grads[0], grads[ctx.place] = once("grpo_loss", scaled, (logprob, entropy, grad_loss))
     return tuple(grads)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .vocabulary import FLOOR, shard_statistics
+from .vocabulary import FLOOR, shard_statistics, wide
 
 # Tiny vocabularies are not cut below this many logits a chunk (4 MiB).
 SMALL = 1 << 20
@@ -19,7 +19,7 @@ def statistics(
     entropy: bool, chunk: int,
 ) -> Tensor:
     """[4, T] of `vocabulary.shard_statistics`; products and statistics in fp32 (fp64 for fp64)."""
-    project = _Projection(weight, bias, valid, temperature, _wide(hidden.dtype))
+    project = _Projection(weight, bias, valid, temperature, wide(hidden.dtype))
     parts = [shard_statistics(project(hidden[rows]), column[rows], here[rows], entropy) for rows in _slices(len(column), _chunk(chunk, valid))]
     return torch.cat(parts, 1)
 
@@ -38,15 +38,15 @@ def gradients(
     chunk = _chunk(chunk, valid)
     if weight is None:
         return _logits_gradient(whole, hidden, live, valid, temperature, chunk, inplace), None, None
-    wide = _wide(hidden.dtype)
-    project = _Projection(weight, bias, valid, temperature, wide)
+    dtype = wide(hidden.dtype)
+    project = _Projection(weight, bias, valid, temperature, dtype)
     d_hidden = torch.zeros_like(hidden) if wants[0] else None
     d_weight = None
     if wants[1]:
-        d_weight = weight.new_zeros(weight.shape, dtype=wide) if main_grad is None else main_grad
-    d_bias = bias.new_zeros(bias.shape, dtype=wide) if wants[2] and bias is not None else None
+        d_weight = weight.new_zeros(weight.shape, dtype=dtype) if main_grad is None else main_grad
+    d_bias = bias.new_zeros(bias.shape, dtype=dtype) if wants[2] and bias is not None else None
     for rows in _gradient_rows(active, g, h, chunk):
-        clean = hidden[rows].to(wide).masked_fill(~live[rows, None], 0)
+        clean = hidden[rows].to(dtype).masked_fill(~live[rows, None], 0)
         grad = whole.gradient(project(clean), rows)
         if d_hidden is not None and project.weight is not None:
             d_hidden[rows] = (grad @ project.weight).to(hidden.dtype)
@@ -56,10 +56,6 @@ def gradients(
             d_bias[:valid] += grad.sum(0)
     d_weight = None if d_weight is None or main_grad is not None else d_weight.to(weight.dtype)
     return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _chunk(chunk: int, valid: int) -> int:
@@ -73,18 +69,18 @@ def _slices(total: int, size: int) -> list[slice]:
 class _Projection:
     """hidden rows -> this shard's logits in the wide dtype, padding left out; a fresh tensor each time."""
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, valid: int, temperature: float | Tensor, wide: torch.dtype) -> None:
-        self.weight = None if weight is None else weight[:valid].to(wide)
-        self.bias = None if bias is None else bias[:valid].to(wide)
-        self.valid, self.temperature, self.wide = valid, temperature, wide
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, valid: int, temperature: float | Tensor, dtype: torch.dtype) -> None:
+        self.weight = None if weight is None else weight[:valid].to(dtype)
+        self.bias = None if bias is None else bias[:valid].to(dtype)
+        self.valid, self.temperature, self.dtype = valid, temperature, dtype
 
     def __call__(self, rows: Tensor) -> Tensor:
         if self.weight is None:
-            logits = rows[:, : self.valid].to(self.wide, copy=True)
+            logits = rows[:, : self.valid].to(self.dtype, copy=True)
         elif self.bias is None:
-            logits = rows.to(self.wide) @ self.weight.T
+            logits = rows.to(self.dtype) @ self.weight.T
         else:
-            logits = torch.addmm(self.bias, rows.to(self.wide), self.weight.T)
+            logits = torch.addmm(self.bias, rows.to(self.dtype), self.weight.T)
         return logits if isinstance(self.temperature, float) and self.temperature == 1.0 else logits.div_(self.temperature)
 
 
@@ -117,7 +113,7 @@ class _Whole:
 
 
 def _logits_gradient(whole: _Whole, logits: Tensor, live: Tensor, valid: int, temperature: float | Tensor, chunk: int, inplace: bool) -> Tensor | None:
-    project = _Projection(None, None, valid, temperature, _wide(logits.dtype))
+    project = _Projection(None, None, valid, temperature, wide(logits.dtype))
     out = logits if inplace else torch.zeros_like(logits)
     for rows in _slices(len(live), chunk):
         clean = logits[rows].masked_fill(~live[rows, None], 0)

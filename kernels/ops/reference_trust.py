@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .coefficients import Coefficient, doubled
 from .segments import Segments
 
 # The public code's constants: outcomes below ASKED get no thinking score; groups beyond the other two no thinking term.
@@ -11,10 +12,11 @@ ASKED, ALL_WRONG, ALL_RIGHT = 0.2, 0.1, 0.9
 
 
 def forward(
-    outcome: Tensor, thinking: Tensor, cu_groups: Tensor, *, alpha: float | Tensor, anneal: float | Tensor, threshold: float | Tensor, mode: str,
-    uniform: str, quorum: float, normalize: str, sigma_filter: float | Tensor | None, eps: float,
+    outcome: Tensor, thinking: Tensor, cu_groups: Tensor, *, alpha: Coefficient, anneal: Coefficient, threshold: Coefficient, mode: str,
+    uniform: str, quorum: float, normalize: str, sigma_filter: Coefficient | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(advantage, reward, gamma, used), [B] each; arguments as in `sophiavl_fast.kernels.trust_advantage`, whose checks are taken for granted."""
+    alpha, anneal, threshold, sigma_filter = doubled(alpha, anneal, threshold, sigma_filter)
     groups = Segments.of(cu_groups, len(outcome))
     gamma, term, used = _thinking_term(outcome, thinking, groups, threshold, mode, quorum)
     reward = outcome.double() + alpha * anneal * term

@@ -1,14 +1,22 @@
 """The statistics of Trust-GRPO: trust weight, reward and advantage of every response, over ragged groups."""
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, INTEGERS, expect, expect_boundaries, expect_choice, expect_tensor, reads_contents
-from .dispatch import load, resolve
+from . import coefficients
+from .checks import INTEGERS, expect, expect_boundaries, expect_choice, expect_flags, expect_number, expect_tensor, reads_contents
+from .coefficients import Coefficient
+from .dispatch import WISHES, load, resolve
+
+COEFFICIENTS = ("alpha", "anneal", "threshold", "sigma_filter")  # in the order of the bits of ON_DEVICE
+Mode = Literal["paper", "repo", "variance", "off"]
+Uniform = Literal["score", "center", "skip"]
+Normalize = Literal["std", "mean", "batch", "none"]
+ROUNDING = 1e-6  # what fp32 means of scores may lie outside of [0, 1] by
+MODES, UNIFORM, NORMALIZE = get_args(Mode), get_args(Uniform), get_args(Normalize)
 
 
 class Trust(NamedTuple):
@@ -28,14 +36,14 @@ def trust_advantage(
     thinking: Tensor,
     cu_groups: Tensor,
     *,
-    alpha: float | Tensor = 0.3,
-    anneal: float | Tensor = 1.0,
-    threshold: float | Tensor = 0.5,
-    mode: Literal["paper", "repo", "variance", "off"] = "paper",
-    uniform: Literal["score", "center", "skip"] = "score",
+    alpha: Coefficient = 0.3,
+    anneal: Coefficient = 1.0,
+    threshold: Coefficient = 0.5,
+    mode: Mode = "paper",
+    uniform: Uniform = "score",
     quorum: float = 1.0,
-    normalize: Literal["std", "mean", "batch", "none"] = "std",
-    sigma_filter: float | Tensor | None = None,
+    normalize: Normalize = "std",
+    sigma_filter: Coefficient | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
     debug: bool = False,
@@ -43,7 +51,8 @@ def trust_advantage(
     """reward = outcome + gamma alpha anneal thinking, and its advantage (SophiaVL-R1, arXiv 2505.17018, sec. 3.4).
 
     outcome   [B] fp32 or fp64; at or above `threshold` counts as correct
-    thinking  [B] or [B, K] scores in [0, 1]; NaN: not scored. Of K scores the mean counts, and any NaN makes it NaN
+    thinking  [B] or [B, K] scores in [0, 1]; NaN: not scored. Of K scores the mean counts, and any NaN makes it NaN. Others are
+              refused (but for a rounding of 1e-6) where contents are read; on a GPU they would count as they are
     cu_groups [G+1] int64 or int32 boundaries of the groups, whose responses lie side by side
     mode      paper: gamma = exp(min(0, mean thinking of the correct - of the wrong)) a group, 1 where a side is empty
               repo: as the public code: outcomes below 0.2 have thinking 0 unasked, groups with all outcomes >= 0.9 or
@@ -56,55 +65,52 @@ def trust_advantage(
               batch: (r - mean) / (unbiased std + eps) over all B, 0 where max = min
     sigma_filter with batch: advantages beyond this are 0 (StableReinforce, arXiv 2505.02835, eq. 5)
     uniform   groups whose outcomes are all equal: score: as any other; center: r - mean of the group; skip: 0
-    debug     read contents (boundaries, finite outcomes) on a GPU too, at the cost of a sync
+    debug     read contents (boundaries, scores, finite outcomes, coefficients) on a GPU too, at the cost of a sync
 
-    Coefficients are floats or 0-d tensors on the device. Raises ValueError naming the argument, its value and what was expected.
+    Coefficients are floats or 0-d tensors on the device. Results are constants to autograd, and inputs that require a gradient
+    while it is recorded are refused: detach them. Raises ValueError naming the argument, its value and what was expected.
     """
-    expect_tensor("outcome", outcome, ("B",), (torch.float32, torch.float64), outcome.device)
+    expect_flags(debug=debug)
+    for name, choice, choices in (("backend", backend, WISHES), ("mode", mode, MODES), ("uniform", uniform, UNIFORM), ("normalize", normalize, NORMALIZE)):
+        expect_choice(name, choice, choices)
+    _check_tensors(outcome, thinking, cu_groups, mode, debug)
+    device, given = outcome.device, {"alpha": alpha, "anneal": anneal, "threshold": threshold, "sigma_filter": sigma_filter}
+    for name in ("alpha", "anneal", "threshold"):
+        expect_number(name, given[name], device, debug=debug)
+    expect(sigma_filter is None or normalize == "batch", "sigma_filter", sigma_filter, f"None with normalize={normalize!r}")
+    expect_number("sigma_filter", sigma_filter, device, above=0.0, finite=False, optional=True, debug=debug)
+    expect_number("quorum", quorum, above=0.0)
+    expect(quorum <= 1, "quorum", quorum, "a share in (0, 1]")
+    expect_number("eps", eps, least=0.0)
+    return Trust(*torch.ops.sophiavl.trust_advantage(outcome.detach(), thinking.detach(), cu_groups, *coefficients.encode(COEFFICIENTS, given), mode, uniform,
+                                                     quorum, normalize, eps, backend))
+
+
+def _check_tensors(outcome: Tensor, thinking: Tensor, cu_groups: Tensor, mode: str, debug: bool) -> None:
+    expect_tensor("outcome", outcome, ("B",), (torch.float32, torch.float64))
     rows, device = len(outcome), outcome.device
-    expect(isinstance(thinking, Tensor), "thinking", type(thinking).__name__, "a tensor")
-    kinds = (torch.float32, outcome.dtype)
-    expect_tensor("thinking", thinking, (rows,) if thinking.dim() == 1 else (rows, "K"), kinds, device)
+    flat = not isinstance(thinking, Tensor) or thinking.dim() == 1
+    expect_tensor("thinking", thinking, (rows,) if flat else (rows, "K"), (torch.float32, outcome.dtype), device)
     expect_tensor("cu_groups", cu_groups, ("G+1",), INTEGERS, device)
     expect(len(cu_groups) > 0, "cu_groups", "an empty tensor", "G + 1 boundaries")
-    for name, value, choices in (("mode", mode, ("paper", "repo", "variance", "off")), ("uniform", uniform, ("score", "center", "skip")),
-                                 ("normalize", normalize, ("std", "mean", "batch", "none"))):
-        expect_choice(name, value, choices)
-    scores = 1 if thinking.dim() == 1 else thinking.shape[1]
+    scores = 1 if flat else thinking.shape[1]
     expect(scores > (mode == "variance"), "thinking", f"{scores} score(s) a response", f"[B, K] with K > 1 for mode={mode!r}" if scores else "K >= 1")
-    expect(0 < quorum <= 1, "quorum", quorum, "a share in (0, 1]")
-    expect(eps >= 0, "eps", eps, "a value of at least 0")
-    expect(sigma_filter is None or normalize == "batch", "sigma_filter", sigma_filter, f"None with normalize={normalize!r}")
-    coefficients = {"alpha": alpha, "anneal": anneal, "threshold": threshold} | ({} if sigma_filter is None else {"sigma_filter": sigma_filter})
-    for name, value in coefficients.items():
-        if isinstance(value, Tensor):
-            expect_tensor(name, value, (), FLOATS, device)
     if reads_contents(outcome, debug):
-        for name, value in coefficients.items():
-            expect(isinstance(value, Tensor | float | int) and math.isfinite(value), name, value, "a finite number or a 0-d tensor of one")
-        expect(sigma_filter is None or float(sigma_filter) > 0, "sigma_filter", sigma_filter, "a value above 0, or None")
         expect_boundaries("cu_groups", cu_groups, rows)
-        expect(not bool(thinking.isinf().any()), "thinking", thinking.tolist(), "scores in [0, 1], or NaN")
+        beyond = thinking[(thinking < -ROUNDING) | (thinking > 1 + ROUNDING)]
+        expect(not beyond.numel(), "thinking", beyond[:1].tolist(), "scores in [0, 1], or NaN where there is none")
         expect(bool(outcome.isfinite().all()), "outcome", outcome.tolist(), "finite values")
-    values = (alpha, anneal, threshold, sigma_filter)
-    kinds = "".join("-" if v is None else "t" if isinstance(v, Tensor) else "n" for v in values)
-    numbers = [0.0 if v is None or isinstance(v, Tensor) else float(v) for v in values]
-    tensors = [v if isinstance(v, Tensor) else None for v in values]
-    return Trust(*torch.ops.sophiavl.trust_advantage(outcome.detach(), thinking.detach(), cu_groups, kinds, numbers, *tensors, mode, uniform, quorum,
-                                                     normalize, eps, backend))
 
 
-_COEFFICIENTS = ("alpha", "anneal", "threshold", "sigma_filter")
-_SCHEMA = ("(Tensor outcome, Tensor thinking, Tensor cu_groups, str kinds, float[] numbers, " + "".join(f"Tensor? {name}, " for name in _COEFFICIENTS)
-           + "str mode, str uniform, float quorum, str normalize, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
+_SCHEMA = (f"(Tensor outcome, Tensor thinking, Tensor cu_groups, {coefficients.schema(COEFFICIENTS)}, "
+           "str mode, str uniform, float quorum, str normalize, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 @torch.library.custom_op("sophiavl::trust_advantage", mutates_args=(), schema=_SCHEMA)
 def _op(outcome, thinking, cu_groups, kinds, numbers, alpha, anneal, threshold, sigma_filter, mode, uniform, quorum, normalize, eps, backend):
     """(advantage, reward, gamma, used): constants to autograd. A coefficient is, by its letter in `kinds`, a number, a tensor or absent."""
     module = load("trust_advantage", resolve("trust_advantage", backend, outcome.device, outcome.dtype))
-    tensors = (alpha, anneal, threshold, sigma_filter)
-    given = {name: {"-": None, "n": n, "t": t}[kind] for name, kind, n, t in zip(_COEFFICIENTS, kinds, numbers, tensors, strict=True)}
+    given = coefficients.decode(COEFFICIENTS, kinds, numbers, (alpha, anneal, threshold, sigma_filter))
     return module.forward(outcome, thinking, cu_groups, mode=mode, uniform=uniform, quorum=quorum, normalize=normalize, eps=eps, **given)
 
 

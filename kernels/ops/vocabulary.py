@@ -21,6 +21,11 @@ IGNORE = -100
 FLOOR = -1000.0
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What logits and statistics are computed in: fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Rows [offset, offset + valid) of the vocabulary; rows beyond `valid` on this rank are padding."""
@@ -33,9 +38,12 @@ class Shard:
     @classmethod
     def of(cls, rows: int, vocab_size: int | None, group: ProcessGroup | None) -> Shard:
         """This rank's shard of `rows` rows, equal on all ranks. Raises ValueError where the shards do not cover `vocab_size`."""
+        if not torch.compiler.is_compiling():
+            expect(group is None or isinstance(group, ProcessGroup), "group", repr(group), "a ProcessGroup, or None")
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         size = rows * ranks if vocab_size is None else vocab_size
-        expect(isinstance(size, int) and 0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        expect(whole and 0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
         return cls(rank * rows, min(max(size - rank * rows, 0), rows), size, group)
 
     def locate(self, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,9 @@ def advantages(scores: Scores, sizes: list[int], step: int, config: Config) -> t
         normalize=config.algorithm.normalize, sigma_filter=config.algorithm.sigma_filter)
     bonus = torch.zeros_like(outcome) if scores.overlong is None else scores.overlong.to(outcome)
     if scores.overlong is not None:  # the thinking term as it was found, on an outcome that now holds the penalty
+        scale = 2.0 ** (1 + max(0, math.frexp(config.trust.alpha)[1]))  # a power of two above alpha: the term as a score in [0, 1], to the bit
         again = trust_advantage(
-            outcome + bonus, trust.reward - outcome, boundaries, alpha=1.0, anneal=1.0, threshold=config.trust.threshold, mode="off",
+            outcome + bonus, (trust.reward - outcome) / scale, boundaries, alpha=scale, anneal=1.0, threshold=config.trust.threshold, mode="off",
             uniform=config.trust.uniform_groups, quorum=1.0, normalize=config.algorithm.normalize, sigma_filter=config.algorithm.sigma_filter)
         trust = Trust(again.advantage, again.reward, trust.gamma, trust.used)
     scored = ~(given if given.dim() == 1 else given.sum(1)).isnan()

@@ -107,7 +107,7 @@ def test_rank_correlation_is_scipys(seed):
 
     g = torch.Generator().manual_seed(seed)
     outcome = torch.randint(0, 3, (40,), generator=g).float() / 2
-    thinking = (torch.rand(40, generator=g) * 10).round() / 10 + 0.2 * outcome
+    thinking = (torch.rand(40, generator=g) * 10).round() / 10 * 0.75 + 0.25 * outcome
     thinking[::7] = torch.nan
     scores = Scores(outcome=outcome, format_ok=torch.ones(40, dtype=torch.bool), thinking=thinking)
     found = trust.advantages(scores, [8] * 5, 0, Config())[1]["trust/rank_corr"]

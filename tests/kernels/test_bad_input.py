@@ -32,6 +32,21 @@ LINEAR = [
     ({"temperature": torch.ones(2)}, "temperature = a tensor of shape"),
     ({"chunk": 0}, "chunk = 0"),
     ({"target": TARGET.to("meta")}, "target = a tensor on meta: expected device cpu"),
+    ({"hidden": None}, "hidden = NoneType: expected a tensor"),
+    ({"weight": None}, "weight = NoneType: expected a tensor"),
+    ({"target": [0, 6, -100, 2]}, "target = list: expected a tensor"),
+    ({"group": "x"}, "group = 'x': expected a ProcessGroup, or None"),
+    ({"chunk": 2.5}, "chunk = 2.5: expected a whole number of at least 1"),
+    ({"chunk": True}, "chunk = True"),
+    ({"entropy": "no"}, "entropy = 'no': expected True or False"),
+    ({"debug": 1}, "debug = 1: expected True or False"),
+    ({"vocab_size": True}, "vocab_size = True: expected 1 to 7"),
+    ({"temperature": True}, "temperature = True: expected a float or a 0-d tensor"),
+    ({"temperature": 1j}, "temperature = 1j: expected a float or a 0-d tensor"),
+    ({"temperature": torch.tensor(1j)}, "temperature = torch.complex64: expected torch.float32 or"),
+    ({"temperature": torch.tensor(True)}, "temperature = torch.bool: expected torch.float32 or"),
+    ({"temperature": torch.tensor(-1.0)}, "temperature = -1.0: expected a finite value above 0"),
+    ({"backend": None}, r"backend = None: expected auto \| triton \| cpu \| reference"),
 ]
 GRPO = [
     ({"logprob": LOGPROB.bfloat16()}, "logprob = torch.bfloat16"),
@@ -59,6 +74,27 @@ GRPO = [
     ({"kl_coef": "0.1"}, "kl_coef = '0.1'"),
     ({"denominator": "x"}, "denominator = 'x': expected a float or a 0-d tensor, or None"),
     ({"denominator": torch.ones(2)}, "denominator = a tensor of shape"),
+    ({"logprob": None}, "logprob = NoneType: expected a tensor"),
+    ({"advantage": 1.0}, "advantage = float: expected a tensor"),
+    ({"old_logprob": LOGPROB.bfloat16()}, "old_logprob = torch.bfloat16: expected torch.float32$"),
+    ({"ref_logprob": LOGPROB.half(), "logprob": LOGPROB.double()}, "ref_logprob = torch.float16: expected torch.float32 or torch.float64$"),
+    ({"variant": None}, r"variant = None: expected ppo \| cispo"),
+    ({"ratio": ["token"]}, r"ratio = \['token'\]: expected token \| sequence"),
+    ({"debug": "no"}, "debug = 'no': expected True or False"),
+    ({"backend": 3}, r"backend = 3: expected auto \| triton"),
+    ({"kl_coef": True}, "kl_coef = True: expected a float or a 0-d tensor"),
+    ({"kl_coef": torch.tensor(True)}, "kl_coef = torch.bool"),
+    ({"clip_low": torch.tensor(-0.1)}, "clip_low = -0.1.*: expected a value of at least 0"),
+    ({"clip_high": torch.tensor(torch.nan)}, "clip_high = nan: expected a value of at least 0"),
+    ({"dual_clip": torch.tensor(1.0)}, "dual_clip = 1.0: expected None or a value above 1"),
+    ({"pre_clip": torch.tensor(0)}, "pre_clip = 0: expected None or a value above 0"),
+    ({"kl_coef": torch.tensor(torch.inf), "ref_logprob": LOGPROB}, "kl_coef = inf: expected a finite value of at least 0"),
+    ({"entropy_coef": float("inf"), "entropy": LOGPROB}, "entropy_coef = inf: expected a finite value of at least 0"),
+    ({"tis_cap": torch.tensor(-2.0), "rollout_logprob": LOGPROB}, "tis_cap = -2.0: expected None or a value above 0"),
+    ({"denominator": torch.tensor(0)}, "denominator = 0: expected None or a finite value above 0"),
+    ({"denominator": float("inf")}, "denominator = inf: expected None or a finite value above 0"),
+    ({"denominator": torch.tensor(torch.inf)}, "denominator = inf"),
+    ({"max_length": float("inf"), "aggregate": "constant"}, "max_length = inf: expected None or a finite value above 0"),
 ]
 TRUST = [
     ({"outcome": torch.tensor([1, 0, 1])}, "outcome = torch.int64"),
@@ -77,9 +113,24 @@ TRUST = [
     ({"thinking": torch.tensor([0.0, torch.inf, 1.0])}, r"thinking = .*: expected scores in \[0, 1\], or NaN"),
     ({"alpha": torch.ones(3)}, r"alpha = a tensor of shape \[3\]: expected shape \[\]"),
     ({"anneal": torch.tensor(True)}, "anneal = torch.bool"),
-    ({"alpha": float("nan")}, "alpha = nan: expected a finite number"),
-    ({"threshold": torch.tensor(torch.inf)}, "threshold = inf: expected a finite number"),
-    ({"normalize": "batch", "sigma_filter": -1.0}, "sigma_filter = -1.0: expected a value above 0"),
+    ({"alpha": float("nan")}, "alpha = nan: expected a finite value"),
+    ({"threshold": torch.tensor(torch.inf)}, "threshold = inf: expected a finite value"),
+    ({"normalize": "batch", "sigma_filter": -1.0}, "sigma_filter = -1.0: expected None or a value above 0"),
+    ({"normalize": "batch", "sigma_filter": "3"}, "sigma_filter = '3': expected a float or a 0-d tensor, or None"),
+    ({"outcome": None}, "outcome = NoneType: expected a tensor"),
+    ({"outcome": torch.zeros(())}, r"outcome = a tensor of shape \[\]: expected shape \[B\]"),
+    ({"thinking": torch.tensor([0.0, 1.5, torch.nan])}, r"thinking = \[1.5\]: expected scores in \[0, 1\], or NaN"),
+    ({"thinking": torch.tensor([[0.0, 1.0], [0.5, -0.25], [1.0, 1.0]])}, r"thinking = \[-0.25\]: expected scores in \[0, 1\]"),
+    ({"quorum": "1"}, "quorum = '1': expected a float$"),
+    ({"quorum": True}, "quorum = True: expected a float$"),
+    ({"quorum": 1.5}, r"quorum = 1.5: expected a share in \(0, 1\]"),
+    ({"quorum": torch.tensor(0.5)}, r"quorum = tensor\(0.5000\): expected a float$"),
+    ({"eps": "small"}, "eps = 'small': expected a float$"),
+    ({"eps": float("inf")}, "eps = inf: expected a finite value of at least 0"),
+    ({"alpha": "0.3"}, "alpha = '0.3': expected a float or a 0-d tensor$"),
+    ({"anneal": None}, "anneal = None: expected a float or a 0-d tensor$"),
+    ({"mode": 1}, r"mode = 1: expected paper \| repo"),
+    ({"debug": None}, "debug = None: expected True or False"),
 ]
 
 
@@ -99,6 +150,9 @@ def test_logits_logprob():
         logits_logprob(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"target = \[3\]"):
         logits_logprob(torch.zeros(1, 3), torch.tensor([3]))
+    for change, message in ({"logits": None}, "logits = NoneType: expected a tensor"), ({"inplace": "yes"}, "inplace = 'yes': expected True or False"):
+        with pytest.raises(ValueError, match=message):
+            logits_logprob(**{"logits": torch.zeros(1, 3), "target": torch.tensor([0])} | change)
 
 
 @pytest.mark.parametrize(("change", "message"), GRPO, ids=ids(GRPO))
@@ -111,6 +165,17 @@ def test_grpo_loss(change, message):
 def test_trust_advantage(change, message):
     with pytest.raises(ValueError, match=message):
         trust_advantage(**({"outcome": OUTCOME, "thinking": torch.zeros(3), "cu_groups": GROUPS} | change))
+
+
+def test_what_is_legal_passes():
+    """Infinite clips and caps never act; a score may lie outside by a rounding; numbers may be integers; nothing is known of an empty batch."""
+    inf = float("inf")
+    loss, _ = grpo_loss(LOGPROB, torch.ones(2), BOUNDS, clip_low=inf, clip_high=torch.tensor(inf), dual_clip=inf, pre_clip=inf, denominator=5,
+                        rollout_logprob=LOGPROB, tis_cap=inf, kl_coef=torch.tensor(0.5, dtype=torch.bfloat16), ref_logprob=LOGPROB)
+    assert loss == -1
+    scored = trust_advantage(OUTCOME, torch.tensor([1 + 1e-7, 0.0, torch.nan]), GROUPS, alpha=1, quorum=1)
+    assert not scored.used.any()
+    linear_logprob(HIDDEN, WEIGHT, TARGET, temperature=torch.tensor(2), vocab_size=7, chunk=1)
 
 
 def test_wrong_backends_are_errors(monkeypatch):

@@ -183,6 +183,8 @@ def test_wishes_that_cannot_be_met(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=r"backend = 'triton': it computes in float32; float64 needs backend='reference'"):
         linear_logprob(hidden.double(), weight.double(), target, backend="triton")
+    with pytest.raises(ValueError, match="backend = 'triton': TRITON_INTERPRET=1 came after Triton was imported"):
+        linear_logprob(hidden, weight, target, backend="triton")
     monkeypatch.setenv("SOPHIAVL_KERNELS", "cpu")
     with pytest.raises(ValueError, match="SOPHIAVL_KERNELS = 'cpu': logits_logprob has no such backend in this build; available: triton, reference"):
         logits_logprob(hidden, target.clamp(max=H - 1))

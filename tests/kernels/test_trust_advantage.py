@@ -191,6 +191,13 @@ def test_coefficients_may_be_tensors_and_inputs_fp64():
     torch.testing.assert_close(tuple(plain), tuple(tensors))
 
 
+def test_coefficients_are_multiplied_in_fp64():
+    """alpha * anneal of fp32 tensors is not rounded to fp32 before it meets a score."""
+    alpha, anneal, thinking = torch.tensor(0.1), torch.tensor(0.3), torch.rand(64, generator=torch.Generator().manual_seed(0))
+    got = trust_advantage(torch.zeros(64), thinking, torch.tensor([0, 64]), alpha=alpha, anneal=anneal, mode="off")
+    assert got.reward.tolist() == (alpha.double() * anneal.double() * thinking.double()).float().tolist()
+
+
 @pytest.mark.parametrize("normalize", ["std", "batch"])
 def test_eps_zero_divides_nothing_by_nothing(normalize):
     got = trust_advantage(torch.ones(4), torch.full((4,), 0.5), torch.tensor([0, 4]), eps=0.0, normalize=normalize)

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from . import stats
+from .coefficients import Coefficient, doubled
 from .segments import Segments
-
-Coefficient = float | Tensor
 
 
 def forward(
@@ -18,6 +17,8 @@ def forward(
     entropy_coef: Coefficient, gradient: bool, entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(loss, stats [K], d loss / d logprob [T] or None, d loss / d entropy [T] or None); arguments as in `sophiavl_fast.kernels.grpo_loss`."""
+    denominator, max_length, clip_low, clip_high, dual_clip, pre_clip, kl_coef, tis_cap, entropy_coef = doubled(
+        denominator, max_length, clip_low, clip_high, dual_clip, pre_clip, kl_coef, tis_cap, entropy_coef)
     packed = Segments.of(cu_seqlens, len(logprob))
     live = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
     kept = live if mismatch_mask is None else live & packed.spread(mismatch_mask)
@@ -49,8 +50,9 @@ def forward(
         slots |= {"rollout_diff": total(diff.abs()), "rollout_diff_max": _largest(diff.abs())}
     if tis_cap is not None:
         weight = only(diff).exp()
-        slots |= {"tis_weight": total(only(weight.clamp(max=tis_cap))), "tis_capped": count(weight > tis_cap)}
-        loss, slope = loss * weight.clamp(max=tis_cap), slope * weight.clamp(max=tis_cap)
+        capped = weight.clamp(max=tis_cap)
+        slots |= {"tis_weight": total(only(capped)), "tis_capped": count(weight > tis_cap)}
+        loss, slope = _times(loss, capped), _times(slope, capped)
     scale = _weights(packed, live, aggregate, max_length) / (1.0 if denominator is None else denominator)
     policy_loss, slope = loss, slope * scale
     if variant == "ppo" and ratio == "sequence":  # every kept token of the response moves the one ratio that they share
@@ -58,10 +60,10 @@ def forward(
     if ref_logprob is not None:
         distance, pull = _kl(only(ref_logprob) - new, kl)
         slots["kl_ref"] = total(only(distance))
-        loss, slope = loss + kl_coef * distance, slope + kl_coef * pull * scale
+        loss, slope = loss + _times(distance, kl_coef), slope + _times(pull, kl_coef) * scale
     if entropy is not None:
         slots["entropy"] = total(only(entropy))
-        loss = loss - entropy_coef * only(entropy)
+        loss = loss - _times(only(entropy), entropy_coef)
 
     reduce = lambda x: total((x * scale).where(kept, 0))
     slots |= {"loss": (result := reduce(loss)), "policy_loss": reduce(policy_loss)}
@@ -74,19 +76,27 @@ def _policy_term(
     r: Tensor, new: Tensor, advantage: Tensor, variant: str, clip_low: Coefficient, clip_high: Coefficient, dual_clip: Coefficient | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss of each token, its slope (ppo: in the log-ratio; cispo: in the log-prob), and where each kind of clip acted."""
-    bounded = r.clamp(min=1 - clip_low).clamp(max=1 + clip_high)
+    bound = _times(r.clamp(min=1 - clip_low).clamp(max=1 + clip_high), advantage)
     if variant == "cispo":
         low, high = r < 1 - clip_low, r > 1 + clip_high
-        return -bounded * advantage * new, -bounded * advantage, {"clipped": low | high, "clipped_low": low, "clipped_high": high}
+        return -_times(new, bound), -bound, {"clipped": low | high, "clipped_low": low, "clipped_high": high}
+    gain = _times(r, advantage)
     low, high = (r < 1 - clip_low) & (advantage < 0), (r > 1 + clip_high) & (advantage > 0)
     flat = low | high
-    loss = torch.maximum(-r * advantage, -bounded * advantage)
+    loss = torch.maximum(-gain, -bound)
     where = {"clipped": flat, "clipped_low": low, "clipped_high": high}
     if dual_clip is not None:
         where["dual_clipped"] = (advantage < 0) & (loss > -dual_clip * advantage)
         loss = torch.where(where["dual_clipped"], -dual_clip * advantage, loss)
         flat = flat | where["dual_clipped"]
-    return loss, (-r * advantage).where(~flat, 0), where
+    return loss, (-gain).where(~flat, 0), where
+
+
+def _times(x: Tensor, factor: Coefficient) -> Tensor:
+    """x * factor, and 0 where either is 0, whatever the other has overflowed to: what counts nothing adds nothing."""
+    if isinstance(factor, Tensor):
+        return (x * factor).where((x != 0) & (factor != 0), 0)
+    return x * factor if factor else torch.zeros_like(x)
 
 
 def _kl(distance: Tensor, kind: str) -> tuple[Tensor, Tensor]:

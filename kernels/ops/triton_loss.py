@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import triton_loss_kernels as kernels
+from .coefficients import launched
 from .loss_ops import COEFFICIENTS
 from .shipped import Launch, Shipped
 from .stats import STATS, SUMS
@@ -42,7 +43,7 @@ def plan(logprob: Tensor, advantage: Tensor, cu_seqlens: Tensor, *, gradient: bo
     }
     given = {name: None if x is None else x.contiguous() for name, x in given.items()}
     layout = {"ADVANTAGE_BY_TOKEN": len(advantage) != rows, "MISMATCH_BY_TOKEN": o["mismatch_mask"] is not None and len(o["mismatch_mask"]) != rows}
-    coefficients, on_device = _coefficients(o)
+    coefficients, on_device = launched(COEFFICIENTS, o)
     sums = new(5, rows) if share or mean else None
     # Without a mask the boundaries tell which responses have tokens; the sums do too.
     seen = torch.zeros(rows, dtype=torch.uint8, device=device) if o["mask"] is not None and sums is None else None
@@ -80,12 +81,6 @@ def levels(boundaries: int) -> int:
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
-
-
-def _coefficients(o: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Kernel arguments, and the bits of those that are tensors."""
-    values = {name: o[name] if o[name] is None or isinstance(o[name], Tensor) else float(o[name]) for name in COEFFICIENTS}
-    return values, sum(1 << i for i, name in enumerate(COEFFICIENTS) if isinstance(values[name], Tensor))
 
 
 NAMED: dict[str, dict[str, Any]] = {

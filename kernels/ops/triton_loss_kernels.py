@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_loss_parts import coefficient, distance_to_reference, policy_term, response_of, shared_slope, store_partials
+from .triton_loss_parts import coefficient, distance_to_reference, policy_term, response_of, shared_slope, store_partials, times
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -43,7 +43,7 @@ def response_sums(
             push = tl.where(kept, tl.load(advantage + (at if ADVANTAGE_BY_TOKEN else at * 0 + row), mask=inside, other=0.0), 0.0)
             if TIS:
                 weight = tl.exp(tl.where(kept, anchor - tl.load(rollout + at, mask=inside, other=0.0), 0.0))
-                push *= tl.where(weight > cap, cap, weight)
+                push = times(push, tl.where(weight > cap, cap, weight))
             kept_sum += kept.to(tl.float32)
             ratio_sum += tl.where(kept, new - anchor, 0.0)
             gain_sum += tl.where(push < 0, 0.0, push)
@@ -122,8 +122,8 @@ def token_pass(
         weight = tl.exp(tl.where(kept, diff, 0.0))
         capped = kept & (weight > bound)
         weight = tl.where(kept, tl.where(capped, bound, weight), 0.0)
-        policy *= weight
-        slope *= weight
+        policy = times(policy, weight)
+        slope = times(slope, weight)
 
     # weight of each token
     scale = tl.full([BLOCK], 1.0, tl.float32)
@@ -145,13 +145,13 @@ def token_pass(
         gap = tl.where(kept, tl.load(ref + first_token + lane, mask=there, other=0.0) - new, 0.0)
         strength = coefficient(kl_coef, ON_DEVICE & 64)
         distance, pull = distance_to_reference(gap, KL)
-        total += strength * distance
-        slope += strength * pull * scale
+        total += times(distance, strength)
+        slope += times(pull, strength) * scale
     spread = tl.zeros([BLOCK], tl.float32)
     if entropy is not None:
         spread = tl.where(kept, tl.load(entropy + first_token + lane, mask=there, other=0.0), 0.0)
         bonus = coefficient(entropy_coef, ON_DEVICE & 256)
-        total -= bonus * spread
+        total -= times(spread, bonus)
         if d_entropy is not None:
             tl.store(d_entropy + first_token + lane, tl.where(kept, -bonus * scale, 0.0), mask=there)
     if d_logprob is not None:

@@ -68,21 +68,29 @@ def largest(x):
 
 
 @triton.jit
+def times(x, factor):
+    """x * factor, and 0 where either is 0, whatever the other has overflowed to: what counts nothing adds nothing."""
+    return tl.where((x == 0) | (factor == 0), 0.0, x * factor)
+
+
+@triton.jit
 def policy_term(r, push, new, kept, outside, low_end, high_end, dual_clip, CISPO: tl.constexpr, DUAL_ON_DEVICE: tl.constexpr):
     """Loss and slope of each token (ppo: in the log-ratio; cispo: in the log-prob), and where the clips acted: (policy, slope, low, high, dual)."""
     low, high, dual = kept & (r < low_end), kept & (r > high_end), kept & False
     bounded = tl.where(r < low_end, low_end, tl.where(r > high_end, high_end, r))
+    bound = times(bounded, push)
     if CISPO:
-        policy = -bounded * push * new
-        slope = -bounded * push
+        policy = -times(new, bound)
+        slope = -bound
     else:
+        gain = times(r, push)
         low, high = low & (push < 0), high & (push > 0)
-        policy = tl.where(low | high, -bounded * push, -r * push)
+        policy = tl.where(low | high, -bound, -gain)
         if dual_clip is not None:
             cap = coefficient(dual_clip, DUAL_ON_DEVICE)
             dual = (push < 0) & (policy > -cap * push)
             policy = tl.where(dual, -cap * push, policy)
-        slope = tl.where(low | high | dual | outside, 0.0, -r * push)
+        slope = tl.where(low | high | dual | outside, 0.0, -gain)
     return policy, slope, low, high, dual
 
 
@@ -96,7 +104,7 @@ def shared_slope(sums, rows, row, inside, r, outside, kept_count, low_end, high_
     loss = tl.where(r < low_end, 0.0, loss)
     if dual_clip is not None:
         loss = tl.where(r > coefficient(dual_clip, DUAL_ON_DEVICE), 0.0, loss)
-    return tl.where(outside, 0.0, -r * (gain + loss) / kept_count)
+    return tl.where(outside, 0.0, -times(r, gain + loss) / kept_count)
 
 
 @triton.jit

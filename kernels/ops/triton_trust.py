@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coefficients import launched
 from .shipped import Launch, Shipped
 from .triton_loss_parts import coefficient
+from .trust_advantage import COEFFICIENTS, MODES, NORMALIZE, UNIFORM
 
 GROUP = {"BLOCK": 32, "num_warps": 1}
 BATCH = {"BLOCK": 1024, "num_warps": 4}
 PARTIALS = 2048  # most programs of the first launch where a second one reads the sums of all of them
-COEFFICIENTS = ("alpha", "anneal", "threshold", "sigma_filter")  # in the order of the bits of ON_DEVICE
-MODES, UNIFORM, NORMALIZE = ("paper", "repo", "variance", "off"), ("score", "center", "skip"), ("std", "mean", "batch", "none")
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def group_rewards(
     outcome, thinking, bounds, advantage, reward, gamma, used, exact, whiten, partial, groups, per_program, K, alpha, anneal, threshold, quorum, eps,
     ON_DEVICE: tl.constexpr, MODE: tl.constexpr, UNIFORM: tl.constexpr, NORMALIZE: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Trust weight, reward and advantage of `per_program` groups. MODE, UNIFORM, NORMALIZE: index in the tuples above.
+    """Trust weight, reward and advantage of `per_program` groups. MODE, UNIFORM, NORMALIZE: index in the tuples of trust_advantage.py.
 
     For NORMALIZE = batch: exact fp64 rewards, whether a row awaits the whole batch's mean, and partial [5, programs]: rows,
     mean, sum of squared deviations, smallest and largest reward of the program's groups.
     """
-    weight = coefficient(alpha, ON_DEVICE & 1) * coefficient(anneal, ON_DEVICE & 2) + tl.zeros([BLOCK], tl.float64)
+    weight = (coefficient(alpha, ON_DEVICE & 1) + tl.zeros([BLOCK], tl.float64)) * coefficient(anneal, ON_DEVICE & 2)
     limit = coefficient(threshold, ON_DEVICE & 4)
     zero, lane = tl.zeros([BLOCK], tl.float64), tl.arange(0, BLOCK)
     count_all, mean_all, square_all = tl.sum(zero, 0), tl.sum(zero, 0), tl.sum(zero, 0)
@@ -239,8 +239,7 @@ def plan(outcome: Tensor, thinking: Tensor, cu_groups: Tensor, **o: Any) -> tupl
     batch = o["normalize"] == "batch"
     per = -(-groups // PARTIALS) if batch else 1
     programs = -(-groups // max(per, 1))
-    values = {name: o[name] if o[name] is None or isinstance(o[name], Tensor) else float(o[name]) for name in COEFFICIENTS}
-    on_device = sum(1 << i for i, name in enumerate(COEFFICIENTS) if isinstance(values[name], Tensor))
+    values, on_device = launched(COEFFICIENTS, o)
     sigma = values.pop("sigma_filter")
     advantage, reward, gamma, used = new(rows), new(rows), new(rows), new(rows, dtype=torch.bool)
     exact, whiten = new(rows, dtype=torch.float64), new(rows, dtype=torch.uint8) if batch else None

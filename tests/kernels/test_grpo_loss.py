@@ -151,6 +151,17 @@ def test_coefficients_may_be_tensors():
         torch.testing.assert_close(got, want)
 
 
+def test_fp64_calls_combine_coefficients_in_fp64():
+    """1 / 3 / 7 and 1 - 0.2, of fp32 and integer tensors: not rounded to fp32 before they meet a row."""
+    choice = {name: values[-1] for name, values in CHOICES.items()} | {"variant": "ppo", "aggregate": "constant"}
+    logprob, advantage, bounds, options = scene(choice, 9)
+    numbers = {"max_length": 3, "denominator": 7, "clip_low": 0.2, "kl_coef": 0.1}
+    tensors = {name: torch.tensor(value) for name, value in numbers.items()}
+    exact = {name: value.item() for name, value in tensors.items()}  # 0.2 as fp32 has it
+    run = lambda given: grpo_loss(logprob, advantage, bounds, **options | given)[0]
+    torch.testing.assert_close(run(tensors), run(exact), rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("choice", [{"ratio": "token"}, {"ratio": "sequence"}, {"variant": "cispo", "dual_clip": None}, {"kl": "k2", "aggregate": "sequence"}])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_masked_places_never_leak(choice, poison):

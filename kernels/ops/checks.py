@@ -60,13 +60,15 @@ def expect_number(name: str, value: float | Tensor | None, device: torch.device 
 
 def expect_count(name: str, value: int, least: int) -> None:
     """Check a whole number."""
-    expect(isinstance(value, int) and not isinstance(value, bool) and value >= least, name, repr(value), f"a whole number of at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:  # repr of torch.compile's symbols only where it is needed
+        expect(False, name, repr(value), f"a whole number of at least {least}")
 
 
 def expect_flags(**flags: Any) -> None:
     """Check that switches are True or False."""
     for name, value in flags.items():
-        expect(isinstance(value, bool), name, repr(value), "True or False")
+        if not isinstance(value, bool):
+            expect(False, name, repr(value), "True or False")
 
 
 def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """What the ops do not differentiate they refuse: second derivatives, tangents, torch.func, and inputs that get no gradient.
 
-Run once more on Triton's interpreted kernels by tests/kernels/interpreter/test_derivatives.py.
+Second derivatives once more on Triton's interpreted kernels: tests/kernels/interpreter/test_derivatives.py.
 """
 from __future__ import annotations
 

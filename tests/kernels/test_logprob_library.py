@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from sophiavl_fast.kernels import linear_logprob, logits_logprob
+from sophiavl_fast.kernels import grpo_loss, linear_logprob, logits_logprob
 from sophiavl_fast.kernels import triton_logprob_plans as plans
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -112,6 +112,18 @@ def test_compiles_in_one_graph(main_grad):
         once = options[0]["main_grad"] - 1
         assert once.any()
         torch.testing.assert_close(options[1]["main_grad"], 1 + 2 * once)
+
+
+def test_numbers_may_change_in_one_graph():
+    """From the second value on torch.compile makes symbols of them; the argument checks must take those."""
+    torch._dynamo.reset()
+    (hidden, weight, _), target = inputs()
+    f = lambda x, temperature, chunk, coefficient: grpo_loss(
+        linear_logprob(x, weight, target, temperature=temperature, chunk=chunk)[0], torch.ones(1), torch.tensor([0, T]), kl_coef=coefficient,
+        ref_logprob=torch.zeros(T), denominator=temperature, backend="reference")[0]
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
+    for numbers in ((0.7, 3, 0.1), (0.8, 4, 0.2), (0.9, 5, 0.3)):
+        torch.testing.assert_close(compiled(hidden, *numbers), f(hidden, *numbers))
 
 
 def test_logits_compile_in_one_graph():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ def expect_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], dtypes:
         expect(False, name, type(tensor).__name__, "a tensor")
     if tensor.dtype not in dtypes:
         expect(False, name, tensor.dtype, " or ".join(dict.fromkeys(str(d) for d in dtypes)))
+    if tensor.layout != torch.strided:
+        expect(False, name, f"a tensor of layout {tensor.layout}", "a dense one")
     _expect_plain(name, tensor)
     if tensor.dim() != len(shape) or not all(isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape)):
         expect(False, name, f"a tensor of shape {list(tensor.shape)}", f"shape [{', '.join(map(str, shape))}]")
@@ -53,7 +56,7 @@ def expect_number(name: str, value: float | Tensor | None, device: torch.device 
     if isinstance(value, bool) or not isinstance(value, float | int):
         expect(False, name, repr(value), kind)
     assert value is not None
-    if not (value >= least and value > above and (value < math.inf or not finite)):
+    if not (value >= least and value > above and (value <= sys.float_info.max or not finite)):
         span = f" of at least {least:g}" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
         expect(False, name, value, "None or " * optional + "a finite value" * finite + "a value" * (not finite) + span)
 

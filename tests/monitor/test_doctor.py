@@ -121,6 +121,12 @@ def test_quantised_weights_are_the_models_row(setup, tmp_path):
     assert (row.status, row.hint[:10]) == ("FAIL", "dequantise") and "quant_method 'awq'" in row.found
 
 
+def test_codes_that_nothing_describes_are_the_models_row(setup, tmp_path):
+    save_file({"a.weight": torch.zeros(8, dtype=torch.int8), "position_ids": torch.arange(4)}, str(tmp_path / "model" / "model.safetensors"))
+    row = fit.rows(setup, [])[0]
+    assert (row.status, row.hint[:10]) == ("FAIL", "dequantise") and "tensor 'a.weight' is I8 in model.safetensors (1 such in it)" in row.found
+
+
 def test_memory_of_a_rank_is_listed_by_item(setup):
     """On a GPU with the engine beside it; too small a one fails with advice, or warns where memory.check says so."""
     setup.device, setup.model.dtype = "auto", "bfloat16"

@@ -56,6 +56,10 @@ class Processor:
         self._patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
         self.vocab_size: int = config.get_text_config().vocab_size
         self.image_token_id: int = self._hf.image_token_id
+        if (wanted := getattr(config, "image_token_id", self.image_token_id)) != self.image_token_id:
+            raise UserError(f"model.path: '{path}': the image token is {self.image_token_id} of the tokenizer, {wanted} of config.json; "
+                            f"{'tokenizer.json is not there' if not (path / 'tokenizer.json').is_file() else 'they are of different models'}: "
+                            "download the whole Hugging Face folder")
         self.stop_ids = _stop_ids(self.tokenizer.eos_token_id, config, path)
         special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special} | set(self.tokenizer.all_special_ids)
         known = set(self.tokenizer.get_vocab().values())

@@ -1,4 +1,5 @@
 """One processor for trainer and engine: token ids, expansion, resized images and pixels agree with Hugging Face's own."""
+import json
 import shutil
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_files_that_cannot_be_read_are_one_line(model_folder, tmp_path, file, te
     folder = shutil.copytree(model_folder, tmp_path / "spoilt")
     (folder / file).write_text(text)
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
+        Processor(folder)
+
+
+def test_a_tokenizer_that_is_missing_or_another_models_is_one_line(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "spoilt")
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"image_token_id": 7}))
+    with pytest.raises(UserError, match=r"the image token is \d+ of the tokenizer, 7 of config.json; they are of different models"):
+        Processor(folder)
+    (folder / "config.json").write_text(json.dumps(tree))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer.json is not there"):
         Processor(folder)
 
 

@@ -37,17 +37,21 @@ class Ahead:
         self._loader, self._draw, self._generate = loader, draw, generate
         self._depth, self._last, self._asked = depth, last, first - 1
         self._threads = ThreadPoolExecutor(depth, "rollout")
-        self._running: dict[int, Future[tuple[list[Group], float]]] = {}
+        self._running: dict[int, Future[tuple[list[Group], float, float]]] = {}
+        self._counted = 0.0     # engines' work until then was an earlier step's
         self._states: dict[int, dict[str, Any]] = {}
 
     def take(self, step: int, tend: Callable[[], None]) -> tuple[list[Group], float]:
-        """The groups of `step` and the seconds that the engines took for them; asks for the steps up to `step + depth`.
+        """The groups of `step` and the seconds that the engines took for them, those left out in which they were at an earlier step's too; asks for
+        the steps up to `step + depth`.
 
         tend: called now and then while they are not there, in this thread, which may read the policy's weights."""
         self._ask(step)
-        found = awaited(self._running.pop(step), tend)
+        groups, began, ended = awaited(self._running.pop(step), tend)
         self._ask(step + self._depth)
-        return found
+        busy = max(0.0, ended - max(began, self._counted))
+        self._counted = max(self._counted, ended)
+        return groups, busy
 
     def loader_state(self, step: int) -> dict[str, Any]:
         """The loader's state after `step` was drawn and before the next was: what a checkpoint of `step` goes on from."""
@@ -65,6 +69,7 @@ class Ahead:
             self._states[self._asked] = self._loader.state()
             self._running[self._asked] = self._threads.submit(self._timed, prompts, self._asked)
 
-    def _timed(self, prompts: list[Prompt], step: int) -> tuple[list[Group], float]:
+    def _timed(self, prompts: list[Prompt], step: int) -> tuple[list[Group], float, float]:
+        """The groups, and when they were begun and ended."""
         began = time.perf_counter()
-        return self._generate(prompts, step), time.perf_counter() - began
+        return self._generate(prompts, step), began, time.perf_counter()

@@ -12,6 +12,7 @@ rank 0, first stage) have prompts, groups and scores in their hands, their peers
 """
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -96,7 +97,7 @@ def rollouts_ahead(rooms: Rooms, first: int) -> Iterator[None]:
 def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
     """What follows a step where it is due: evaluation, the log, a checkpoint."""
     config, progress = rooms.config, rooms.progress
-    if config.eval.every and (step % config.eval.every == 0 or step == config.run.steps):
+    if evaluation_due(config, step):
         metrics |= evaluate(rooms)
     log.samples(rows)
     alarms = log.metrics(step, metrics)
@@ -109,6 +110,10 @@ def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str
             with progress.phase("save"):
                 rooms.saver.save(step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))))
             rooms.policy.rest()  # the optimizer's state was needed
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    return bool(config.eval.every) and (step % config.eval.every == 0 or step == config.run.steps)
 
 
 def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
@@ -142,7 +147,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
         rooms.judge.sleep()
     rooms.rollout.end_round()
     if rooms.probe:
-        metrics |= compare(rooms.probe, rooms, groups, step)
+        compare(rooms, groups, step, metrics)
     with ranks.engines_asleep(rooms.rollout, policy, rooms.progress) as asleep, phase("update") as updating:
         if not config.debug.rollout_only:
             metrics |= update(rooms, groups, advantage, step)
@@ -151,8 +156,8 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
         sent = rooms.rollout.send(policy, version=step)
     if rooms.probe:
         rooms.probe.ask(groups, step)
-        if step == config.run.steps:
-            metrics |= compare(rooms.probe, rooms, groups, step)
+        if evaluation_due(config, step) or setup.checkpoint_due(config, step):    # nothing is measured or kept of a transfer in doubt
+            compare(rooms, groups, step, metrics)
     if not rooms.rewards:
         return {}, []
     rows = samples.rows(groups, seen.scores, seen.weighted, mine, metrics["trust/weight"], step, policy.replica * len(groups))
@@ -161,7 +166,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     lengths = samples.length_metrics(rows)
     metrics |= lengths | ranks.engine_metrics(sent, [found for _, found in parts]) | memory.metrics() | {
         "reward/grader_killed": seen.everyone.scores.killed, "data/skipped": seen.everyone.skipped,
-        "rollout/tokens_per_s": lengths["response/tokens"] / metrics.get("rollout/busy_s", rollout.seconds),
+        "rollout/tokens_per_s": lengths["response/tokens"] / (metrics.get("rollout/busy_s", rollout.seconds) or math.nan),
         "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,
         "time/rollout_s": rollout.seconds, "time/reward_s": reward.seconds, "time/update_s": updating.seconds,
         "time/transfer_s": transfer.seconds, "time/step_s": time.perf_counter() - started, **({"time/sleep_s": asleep.seconds} if asleep else {}),
@@ -199,11 +204,13 @@ def update(rooms: Rooms, groups: list[types.Group], advantages: torch.Tensor | N
     return found
 
 
-def compare(with_engine: probe.Probe, rooms: Rooms, groups: list[types.Group], step: int) -> dict[str, float]:
-    """How far trainer and engine are apart after the latest transfer, and how long it took to find out."""
+def compare(rooms: Rooms, groups: list[types.Group], step: int, metrics: dict[str, float]) -> None:
+    """How far trainer and engine are apart after the latest transfer, and how long it took to find out, on top of what the step's metrics hold of it."""
+    assert rooms.probe
     with rooms.progress.phase("probe") as probing:
-        worst = with_engine.compare(groups, step)
-    return {"rollout/probe_diff_max": worst, "time/probe_s": probing.seconds}
+        worst = rooms.probe.compare(groups, step)
+    metrics["rollout/probe_diff_max"] = max(worst, metrics.get("rollout/probe_diff_max", 0.0))
+    metrics["time/probe_s"] = probing.seconds + metrics.get("time/probe_s", 0.0)
 
 
 def ahead_metrics(groups: list[types.Group], step: int, busy: float) -> dict[str, float]:

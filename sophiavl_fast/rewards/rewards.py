@@ -33,12 +33,17 @@ class Rewards:
         self._config = config
         self._outcome = OutcomeScorer(config.rewards)
         self._started: dict[int, _Started] = {}
+        self._closed = False
         self._judge = open_judge(config, torch.device(device), judge_key)
         # the public code must know a response's outcome before it asks about it
         self._selective = self._judge is not None and config.trust.mode == "repo"
 
     def start(self, group: Group) -> None:
-        """Begin to score a finished group while others are still being sampled; from any thread. A group may be started once."""
+        """Begin to score a finished group while others are still being sampled; from any thread. A group may be started once.
+
+        Does nothing after `close`: a run that ends early has requests of a step ahead still in flight."""
+        if self._closed:
+            return
         outcomes = self._outcome.start(group)
         ticket = None if self._judge is None or self._selective else self._judge.submit(self._case(group, outcomes))
         self._started[id(group)] = _Started(group, outcomes, ticket)
@@ -94,6 +99,7 @@ class Rewards:
 
     def close(self) -> None:
         """End graders and judge."""
+        self._closed = True
         self._outcome.close()
         if self._judge is not None:
             self._judge.close()

@@ -122,6 +122,7 @@ class ServerRollout:
         Reading weights is for the thread that sends them; rollouts that run ahead leave it to that one (`tend`).
         """
         while True:
+            self._pool.refuse_closed()
             self._pool.check("generate")
             if threading.get_ident() == self._sender:
                 self._pool.tend(self._transfer)

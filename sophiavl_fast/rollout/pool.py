@@ -79,11 +79,17 @@ class Pool:
     def pick(self) -> Engine | None:
         """The least loaded engine that may sample. Raises EngineError where none can any more."""
         with self._lock:
+            self.refuse_closed()
             ready = [e for e in self.engines if e.state == "ready"]
             if ready:
                 return min(ready, key=lambda e: e.load)
             self.refuse_hopeless()
         return None
+
+    def refuse_closed(self) -> None:
+        """Raise EngineError once the pool is closed: a run that ends early leaves requests in flight behind, and nobody is there to answer them."""
+        if self._closed:
+            raise EngineError("the rollout engines are closed")
 
     def refuse_hopeless(self) -> None:
         """Raise EngineError where no engine samples and none is being started, or where all await weights that nobody has sent."""

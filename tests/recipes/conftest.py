@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(*arguments: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, cwd: Path = ROOT, check: bool = True, timeout: float = 1800, **environment: str) -> subprocess.CompletedProcess:
     """`sophiavl-fast ARGUMENTS` as its own process, as a user starts it."""
-    done = subprocess.run([sys.executable, "-m", "sophiavl_fast", *arguments], cwd=cwd, capture_output=True, text=True, timeout=1800,
+    done = subprocess.run([sys.executable, "-m", "sophiavl_fast", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, **environment})
     if check:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

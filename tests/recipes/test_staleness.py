@@ -54,3 +54,16 @@ def test_the_next_step_is_scored_while_this_one_still_is(rl, tmp_path):
                 "thinking.timeout_s=150", "thinking.retries=0"))
     metrics = lines(out / "metrics.jsonl")
     assert [m["reward/unscored"] for m in metrics] == [0, 0, 0] and [round(m["reward/thinking"], 6) for m in metrics] == [0.5] * 3
+
+
+@pytest.mark.engine
+def test_a_run_that_fails_while_the_next_step_is_sampled_ends(rl, tmp_path):
+    """Requests in flight are nobody's then: the process must not wait for their answers."""
+    def failing(handler, body, number):
+        handler.reply({"error": "no"}, 500)
+
+    with judge_server(failing) as judge:
+        done = run(*rl(tmp_path / "run", "run.steps=3", "eval.every=0", "rollout.engine=server", "rollout.staleness=1", "checkpoint.every=0",
+                       "thinking.backend=endpoint", f"thinking.url={judge.url}", "thinking.model=judge", "thinking.on_error=fail", "thinking.score=parse",
+                       "thinking.retries=0"), check=False, timeout=120)
+    assert done.returncode == 2 and "500" in done.stderr.splitlines()[-1], done.stderr[-2000:]

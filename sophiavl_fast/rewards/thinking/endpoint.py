@@ -56,9 +56,9 @@ class EndpointJudge:
             future.cancel()
         if late:
             self._down = f"{len(late)} of {len(futures)} calls unanswered after thinking.batch_timeout_s = {self._config.batch_timeout_s:g}"
-        if self._down and self._config.on_error == "fail":
-            raise UserError(f"thinking.url '{self.url}': {self._down}")
-        reason, self._down = self._down, ""
+        reason, self._down = self._down, ""     # calls of a step ahead may fail meanwhile
+        if reason and self._config.on_error == "fail":
+            raise UserError(f"thinking.url '{self.url}': {reason}")
         missed = Verdict((math.nan,) * self._config.samples, reason)
         return [[missed if future in late else future.result() for future in ticket] for ticket in tickets]
 

@@ -20,8 +20,9 @@ gpus=${GPUS:-8} apart=${ROLLOUT_NODES:-1} port=${PORT:-29500}
 mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
 count=${#nodes[@]}
 [ "$apart" -lt "$count" ] || fail "ROLLOUT_NODES = $apart of $count nodes: none is left for the trainer"
-# the configuration is read as the trainer will read it, before an engine starts
-parallel=$("$python" - "$(((count - apart) * gpus))" "$@" rollout.transfer=nccl <<'END'
+# read_config CONFIG [a.b=value ...]: rollout.tensor_parallel of the configuration, read as the trainer's processes will
+read_config() {
+    "$python" - "$(((count - apart) * gpus))" "$@" rollout.transfer=nccl <<'END'
 import sys
 
 from sophiavl_fast import config, errors
@@ -32,7 +33,8 @@ except errors.UserError as error:
     print(f"train_split_slurm.sh: {error}", file=sys.stderr)
     sys.exit(2)
 END
-)
+}
+parallel=$(read_config "$@")
 size=${ENGINE_GPUS:-$parallel}
 [ "$parallel" -eq 1 ] || [ "$parallel" -eq "$size" ] || fail "ENGINE_GPUS = $size, but rollout.tensor_parallel = $parallel: leave one of them out"
 [ "$size" -le "$gpus" ] || fail "ENGINE_GPUS = $size (rollout.tensor_parallel): more than GPUS = $gpus of a node"
@@ -40,6 +42,8 @@ engines=${ENGINES:-$((gpus / size))}
 [ $((engines * size)) -le "$gpus" ] || fail "ENGINES = $engines x ENGINE_GPUS = $size: more than GPUS = $gpus"
 trainers=("${nodes[@]:0:count-apart}") rollouts=("${nodes[@]:count-apart}")
 list() { local IFS=,; echo "$*"; }
+mapfile -t urls < <(printf 'http://127.0.0.1:%s\n' $(seq $((port + 1)) $((port + engines * apart))))
+read_config "$@" "rollout.urls=[$(list "${urls[@]}")]" >/dev/null     # what the trainer would refuse is refused before an engine starts
 
 SOPHIAVL_ROLLOUT_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export SOPHIAVL_ROLLOUT_TOKEN          # by environment, never on a command line
@@ -47,13 +51,12 @@ started=()
 finish() { for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done; }
 trap finish EXIT
 
-urls=() tunnels=() next=$((port + 1))
+tunnels=() next=$((port + 1))
 for node in "${rollouts[@]}"; do
     for ((i = 0; i < engines; i++)); do
         devices=$(list $(seq $((i * size)) $((i * size + size - 1))))
         background srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" env CUDA_VISIBLE_DEVICES="$devices" \
             "$python" -m sophiavl_fast.rollout.serve "$@" "rollout.port=$next" "rollout.tensor_parallel=$size" rollout.transfer=nccl
-        urls+=("http://127.0.0.1:$next")
         tunnels+=("$next:127.0.0.1:$next@$node")
         next=$((next + 1))
     done

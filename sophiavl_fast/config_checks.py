@@ -14,9 +14,10 @@ TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
 
 
 def least_processes(config: Any) -> int:
-    """How many processes `parallel` asks for; one replica where parallel.data leaves their number open."""
-    p = config.parallel
-    return p.tensor * p.pipeline * p.context * (p.data or 1)
+    """How many processes the layout asks for: parallel.data replicas, else as many as rollout.gpus has engines for, else one."""
+    p, r = config.parallel, config.rollout
+    replicas = p.data or max(1, len(r.gpus) // (r.engines * r.tensor_parallel))
+    return p.tensor * p.pipeline * p.context * replicas
 
 
 def world_size(environ: Mapping[str, str]) -> int | None:
@@ -191,11 +192,13 @@ def _check_urls(urls: list[str], replicas: int) -> None:
     for url in urls:
         try:
             parts = urlsplit(url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not (parts.path or parts.query or parts.fragment)
         except ValueError:      # a port or an address in brackets that is none
             usable = False
         if not usable:
             raise UserError(f"rollout.urls: '{url}' is no server's URL, such as http://127.0.0.1:8000")
+    if twice := sorted({url for url in urls if urls.count(url) > 1}):
+        raise UserError(f"rollout.urls names '{twice[0]}' twice; each engine is one replica's")
     if len(urls) < replicas:
         raise UserError(f"rollout.urls names {len(urls)} servers for {replicas} data-parallel replicas; each replica needs its own")
 
@@ -203,8 +206,16 @@ def _check_urls(urls: list[str], replicas: int) -> None:
 def check_start(config: Any, environ: Mapping[str, str]) -> None:
     """What a run must find where it starts, and a configuration that is only read need not: room for its engines, a token. Raises UserError."""
     check_placement(config)
+    _refuse_shared_gpus(config, environ)
     if config.recipe == "rl" and config.rollout.urls and not config.debug.replay and not environ.get(TOKEN_VARIABLE):
         raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
+
+
+def _refuse_shared_gpus(config: Any, environ: Mapping[str, str]) -> None:
+    local, gpus = int(environ.get("LOCAL_WORLD_SIZE", "1")), config.rollout.gpus
+    taken = [gpu for gpu in gpus if gpu < local]
+    if config.recipe == "rl" and taken and "CUDA_VISIBLE_DEVICES" not in environ and _on_gpus(config.device):
+        raise UserError(f"rollout.gpus = {gpus}: the trainer's processes are on the first {local} GPUs, so GPU {taken[0]} is no engine's own; begin at {local}")
 
 
 def check_placement(config: Any) -> None:
@@ -216,6 +227,9 @@ def check_placement(config: Any) -> None:
     if not _on_gpus(config.device):
         if apart:
             raise UserError(f"rollout.transfer = {r.transfer} needs a GPU, and there is none; on a CPU use gloo (or auto)")
+    elif r.transfer == "nccl" and beside:
+        raise UserError("rollout.transfer = nccl reaches engines on GPUs of their own: name them in rollout.gpus, or running servers in rollout.urls; "
+                        "an engine beside the trainer takes ipc (or auto)")
     elif wide and beside:
         key, size = ("tensor_parallel", r.tensor_parallel) if r.tensor_parallel > 1 else ("engines", r.engines)
         raise UserError(f"rollout.{key} = {size}: beside the trainer a replica has one engine, on its first rank's GPU alone; give engines GPUs of their own "

@@ -68,6 +68,9 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["device=cpu", "rollout.transfer=nccl"], "rollout.transfer = nccl needs a GPU; on device: cpu use gloo (or auto)"),
     (GOOD, ["device=cpu", "rollout.transfer=ipc"], "rollout.transfer = ipc needs a GPU"),
     (GOOD, ["rollout.urls=[127.0.0.1:8000]"], "rollout.urls: '127.0.0.1:8000' is no server's URL, such as http://127.0.0.1:8000"),
+    (GOOD, ["rollout.urls=['http://h:1/v1']"], "rollout.urls: 'http://h:1/v1' is no server's URL"),
+    (GOOD, ["rollout.urls=['http://h:1?x']"], "rollout.urls: 'http://h:1?x' is no server's URL"),
+    (GOOD, ["rollout.urls=['http://h:1','http://h:1']"], "rollout.urls names 'http://h:1' twice"),
     (GOOD, ["rollout.urls=['http://']"], "rollout.urls: 'http://' is no server's URL"),
     (GOOD, ["rollout.urls=[ftp://h:1]"], "rollout.urls: 'ftp://h:1' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:80a']"], "rollout.urls: 'http://h:80a' is no server's URL"),
@@ -120,6 +123,10 @@ def test_every_replica_has_a_server_of_its_own(tmp_path):
     (["rollout.urls=[http://a:1]"], {}, "not the environment variable SOPHIAVL_ROLLOUT_TOKEN with the servers' token$"),
     (["device=cuda", "rollout.urls=[http://a:1]", "rollout.tensor_parallel=2"], {config_checks.TOKEN_VARIABLE: "t"}, None),
     (["device=cuda", "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.gpus=[4,5,6,7]"], {}, None),
+    (["device=cuda", "rollout.transfer=nccl"], {}, "rollout.transfer = nccl reaches engines on GPUs of their own: .* takes ipc"),
+    (["device=cuda", "rollout.gpus=[1]"], {"LOCAL_WORLD_SIZE": "2"}, "the trainer's processes are on the first 2 GPUs, so GPU 1 .* begin at 2$"),
+    (["device=cuda", "rollout.gpus=[1]"], {"LOCAL_WORLD_SIZE": "1"}, None),
+    (["device=cuda", "rollout.gpus=[0]"], {"CUDA_VISIBLE_DEVICES": "4"}, None),       # numbers among others
     (["device=cuda", "rollout.engines=2", "debug.replay=r"], {}, None),
     (["device=cuda", "rollout.engines=2", "recipe=sft"], {}, None),
     (["device=cuda"], {}, None),
@@ -141,6 +148,20 @@ def test_the_doctor_reads_every_shipped_configuration_without_its_processes(path
     tree = config.load(path, world_size=None)
     row = next(row for row in fit.rows(tree, []) if row.name == "layout")
     assert row.status == "OK" and row.found.startswith(f"{config_checks.least_processes(tree)} processes = tensor {tree.parallel.tensor}")
+
+
+@pytest.mark.parametrize("overrides,processes", [
+    (["parallel.tensor=2", "rollout.engines=2", "rollout.gpus=[4,5,6,7]"], 4),     # half the node; two replicas, an engine a GPU
+    (["parallel.tensor=4", "parallel.pipeline=4"], 16),                            # two such nodes
+    (["parallel.tensor=2", "parallel.data=2"], 4),
+    (["parallel.tensor=2"], 8),
+    (["rollout.engine=inline"], 1),
+], ids=str)
+def test_the_doctor_counts_processes_as_a_node_of_eight_gpus_would_run_them(tmp_path, monkeypatch, overrides, processes):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tree = config.load(write(tmp_path, GOOD), ["device=cuda", "rollout.prompts_per_step=32", *overrides], world_size=None)
+    row = next(row for row in fit.rows(tree, [{"name": "GPU", "bytes": 80 << 30}] * 8) if row.name == "layout")
+    assert (row.status, row.found.partition(" ")[0]) == ("OK", str(processes)), row
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "8x"])

@@ -49,7 +49,8 @@ def test_slurm():
 
 
 def test_trainer_and_engines_on_different_nodes():
-    *engines, trainer = commands("train_split_slurm.sh", *SPLIT, "run.steps=5", SLURM_JOB_NODELIST="a,b,c,d", GPUS="8", ENGINE_GPUS="4", ROLLOUT_NODES="2")
+    *engines, trainer = commands("train_split_slurm.sh", *SPLIT, "run.steps=5", "parallel.tensor=4", SLURM_JOB_NODELIST="a,b,c,d", GPUS="8",
+                                   ENGINE_GPUS="4", ROLLOUT_NODES="2")
     placed = [(words[words.index("--nodelist") + 1], next(w for w in words if w.startswith("CUDA_VISIBLE")), words[-3]) for words in engines]
     assert placed == [("c", "CUDA_VISIBLE_DEVICES=0,1,2,3", "rollout.port=29501"), ("c", "CUDA_VISIBLE_DEVICES=4,5,6,7", "rollout.port=29502"),
                       ("d", "CUDA_VISIBLE_DEVICES=0,1,2,3", "rollout.port=29503"), ("d", "CUDA_VISIBLE_DEVICES=4,5,6,7", "rollout.port=29504")]
@@ -68,6 +69,14 @@ def test_an_engines_gpus_are_its_tensor_parallel_size():
     assert "CUDA_VISIBLE_DEVICES=0,1,2,3" in engine and "rollout.tensor_parallel=4" in engine[-3:]
     done = script("train_split_slurm.sh", "--dry-run", *SPLIT, "rollout.tensor_parallel=4", SLURM_JOB_NODELIST="a,b", ENGINE_GPUS="2")
     assert (done.returncode, done.stdout) == (2, "") and "ENGINE_GPUS = 2, but rollout.tensor_parallel = 4: leave one of them out" in done.stderr
+
+
+@pytest.mark.parametrize("override,said", [("rollout.sleep=true", "rollout.sleep: true needs engines on the trainer's own GPUs"),
+                                           ("rollout.engines=2", "rollout.urls names servers that run already"),
+                                           ("parallel.tensor=1", "rollout.urls names 1 servers for 2 data-parallel replicas")])
+def test_what_the_trainer_would_refuse_starts_no_engine(override, said):
+    done = script("train_split_slurm.sh", "--dry-run", *SPLIT, "parallel.tensor=2", override, SLURM_JOB_NODELIST="a,b", GPUS="2", ENGINES="1")
+    assert (done.returncode, done.stdout) == (2, "") and said in done.stderr, done.stderr
 
 
 def test_a_server_by_hand_takes_a_configuration_of_many_ranks(monkeypatch, capsys):

@@ -19,8 +19,7 @@ PACKAGED_REGISTRY = Path(sophiavl_fast.__file__).parent / "data" / "dataset_info
 
 def rows(config: Config, gpus: list[dict]) -> list[Row]:
     """One row each for the model, every dataset, the layout, the memory of each pipeline stage's ranks, and the engine's."""
-    counted = len(gpus) if config.device != "cpu" else 0
-    world = config_checks.world_size(os.environ) or counted or config_checks.least_processes(config)
+    world = config_checks.world_size(os.environ) or _processes(config, gpus)
     out = [_model(config), *_datasets(config)]
     try:
         sizes = shapes.read(config.model.path)
@@ -29,6 +28,14 @@ def rows(config: Config, gpus: list[dict]) -> list[Row]:
         return [out[0] if out[0].status == "FAIL" else Row("model", "FAIL", *found), *out[1:], _layout(config, world, None)]
     out.append(_layout(config, world, sizes))
     return out + _memory(config, sizes, world, gpus) if out[-1].status == "OK" else out
+
+
+def _processes(config: Config, gpus: list[dict]) -> int:
+    """One a GPU that engines leave, where the layout can fill them; else as many as it asks for, on other machines too."""
+    least, p = config_checks.least_processes(config), config.parallel
+    alone = config.device == "cpu" or (config.recipe == "rl" and config.rollout.engine == "inline")
+    there = 0 if alone else len(gpus) - len(config.rollout.gpus)
+    return least if p.data or there < 1 or there % (p.tensor * p.pipeline * p.context) else there
 
 
 def count_parameters(folder: Path) -> int:

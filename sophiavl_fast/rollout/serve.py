@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     """Replace this process by the server. Raises UserError for a bad config, a taken port or a missing token."""
     if not arguments:
         raise UserError("usage: python -m sophiavl_fast.rollout.serve CONFIG [a.b=value ...]")
-    config = load(arguments[0], ["rollout.engine=server", *arguments[1:], "parallel={}"])    # the trainer's layout is not this process's
+    config = load(arguments[0], ["rollout.engine=server", *arguments[1:], "parallel={}"], world_size=None)    # the trainer's layout is not this process's
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:
         raise UserError(f"set the environment variable {TOKEN_VARIABLE} to a secret that the run will use too")

@@ -2,8 +2,9 @@
 
     python benchmarks/staleness.py --data data/demo --model models/demo --judge models/demo-judge --out benchmarks/results/staleness_cpu.json
 
-Pinned apart, the two phases share nothing but memory, as on GPUs of their own. At staleness 0 they wait for each other, and the medians of a
-step's phases are what each costs alone; at staleness 1 the step should take as long as the longer of the two. The runs are `train configs/demo.yaml`
+Pinned apart, the two phases share nothing but memory, as on GPUs of their own. At staleness 0 they wait for each other, and a step's phases
+are what each costs alone; at staleness 1 a step should take as long as the longer of the two. Ratios are of means over all steps: which phase
+is the longer changes from step to step. The runs are `train configs/demo.yaml`
 itself, in turns; the first steps of each are left out. `--judge ""` trains without a thinking reward: a local judge is scored by the trainer's own core.
 
     python benchmarks/staleness.py --compare runs/s0-1 runs/s1-1 --compare runs/s0-2 runs/s1-2 ... --out benchmarks/results/staleness_accuracy.json
@@ -48,15 +49,23 @@ def main() -> None:
             found[k] += steps(a, k, turn)
             print(f"turn {turn + 1}/{a.turns}, staleness {k}: {medians(found[k])}", flush=True)
     rows = {str(k): medians(rows) for k, rows in found.items()}
-    alone = rows["0"]
-    work = {k: alone["reward_s"] + alone["update_s"] + alone["transfer_s"] if k == "trainer_s" else alone["rollout_s"] for k in ("trainer_s", "engine_s")}
-    ratios = {k: {"of_longer_phase": row["step_s"] / max(alone["rollout_s"], alone["update_s"]), "of_longer_side": row["step_s"] / max(work.values()),
-                  "of_staleness_0": row["step_s"] / alone["step_s"]} for k, row in rows.items()}
+    alone = longer(found[0])
+    steps_s = {k: [row["time/step_s"] for row in rows] for k, rows in found.items()}
+    ratios = {str(k): {name: mean(s) / value for name, value in {**alone, "staleness_0": mean(steps_s[0])}.items()} for k, s in steps_s.items()}
     shape = {"steps": a.steps, "turns": a.turns, "left_out": WARM, "judge": "local" if a.judge else "none", "cores": [a.cores[0], a.cores[1:]]}
-    common.write(a.out, {"shape": shape, "medians": rows, "alone": work, "ratios": ratios})
+    common.write(a.out, {"shape": shape, "medians": rows, "step_s": steps_s, "alone": alone, "ratios": ratios})
     for k, row in ratios.items():
-        print(f"staleness {k}: step = {row['of_longer_phase']:.2f} x max(rollout, update) = {row['of_longer_side']:.2f} x max(rollout, reward + update + "
-              f"transfer) = {row['of_staleness_0']:.2f} x the step at staleness 0")
+        print(f"staleness {k}: a step is {row['longer_phase']:.2f} x max(rollout, update), {row['longer_side']:.2f} x (transfer + max(rollout, reward + "
+              f"update)), {row['staleness_0']:.2f} x a step at staleness 0")
+
+
+def longer(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of the longer phase of each step at staleness 0, and of the longer of what trainer and engine each must do: both wait for a transfer."""
+    def phase(row: dict[str, Any], *names: str) -> float:
+        return sum(row[f"time/{name}_s"] for name in names)
+
+    return {"longer_phase": mean(max(phase(r, "rollout"), phase(r, "update")) for r in rows),
+            "longer_side": mean(max(phase(r, "rollout", "transfer"), phase(r, "reward", "update", "transfer")) for r in rows)}
 
 
 def steps(a: argparse.Namespace, staleness: int, turn: int) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ class Probe:
         self._rollout.end_round()
         batches = self._policy.pack(answered, None)
         pairs = zip(self._policy.logprobs(batches), batches, strict=True)
-        worst = torch.tensor(max((ours.cpu() - batch.rollout_logprob).abs().max().item() for ours, batch in pairs))
+        worst = torch.stack([(ours.cpu() - batch.rollout_logprob).abs().max() for ours, batch in pairs]).max()     # NaN stays the largest
         found = float(self._policy.layout.max_over_replicas(worst))
         require_agreement(found, self._config, step)
         return found

@@ -115,4 +115,7 @@ def _value(parsed: list[Any]) -> float | None:
     found = parsed[0]
     if isinstance(found, Eq) and found.lhs.is_Symbol:
         found = found.rhs
+    if isinstance(found, Expr):
+        # the parser leaves products undone; asking what 1*0 is before it is worked out can contradict itself inside sympy
+        found = found.doit()
     return float(found.evalf()) if isinstance(found, Expr) and found.is_number and found.is_real else None

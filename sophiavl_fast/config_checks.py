@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sophiavl_fast import config_ranges
-from sophiavl_fast.errors import UserError, nearest
+from sophiavl_fast import config_ranges, model_folder
+from sophiavl_fast.errors import UserError
 
 TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
 
@@ -124,7 +123,7 @@ def _check_served_judge(c: Any) -> None:
         raise UserError(f"thinking.serve: true starts a server of its own, but thinking.url names one ({t.url}): leave one of them out")
     if not t.path:
         raise UserError("thinking.serve: true needs thinking.path, the folder of the thinking reward model")
-    refuse_no_model(t.path, "thinking.path")
+    model_folder.refuse_missing(t.path, "thinking.path")
     if len(set(t.gpus)) < len(t.gpus) or set(t.gpus) & set(c.rollout.gpus):
         raise UserError(f"thinking.gpus = {t.gpus}: name different GPUs, and none of rollout.gpus ({c.rollout.gpus})")
     if t.sleep and t.gpus:
@@ -162,15 +161,6 @@ def check_layout(parallel: Any, *, heads: int, key_heads: int, ffn: int, layers:
     if shares[0] < deepstack:
         raise UserError(f"the first pipeline stage holds {shares[0]} layers, but {family} adds image features to its first {deepstack} "
                         f"(DeepStack): lower parallel.pipeline = {n}, or begin parallel.stages with at least {deepstack}{f', such as {better}' * possible}")
-
-
-def refuse_no_model(path: str | Path, what: str = "") -> None:
-    """UserError for a folder that holds no model; `what`: the key that names it."""
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return
-    siblings = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
-    raise UserError(f"{f'{what} = ' * bool(what)}'{folder}' is no model folder (no config.json){nearest(str(folder), siblings)}")
 
 
 def _check_engines(r: Any, replicas: int) -> None:

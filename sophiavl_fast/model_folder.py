@@ -11,14 +11,22 @@ AGAIN = "download the whole Hugging Face folder again (git-lfs leaves pointers i
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
 
 
+def refuse_missing(path: str | Path, option: str = "model.path") -> None:
+    """UserError for a folder that holds no model, with the nearest that does; option: the key that names it, "" where none does."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return
+    beside = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
+    hint = nearest(str(folder), beside) or "; name a Hugging Face model folder"
+    raise UserError(f"{f'{option} = ' * bool(option)}'{folder}' is no model folder (no config.json){hint}")
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """config.json as it lies there. Raises UserError where it is missing, cannot be read or is no JSON object."""
     folder = Path(path)
+    refuse_missing(folder)
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        beside = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
-        raise UserError(f"model.path = '{folder}': no config.json there{nearest(str(folder), beside) or '; name a Hugging Face model folder'}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.path = '{folder}': config.json cannot be read: {error}; download it again") from None
     if not isinstance(found, dict):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("ops.cpp", "statistics.cpp", "gradients.cpp", "rows.cpp")
-FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+OPENMP = "-fopenmp"  # without it at::parallel_for is a plain loop
+FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", OPENMP]
 
 
 def digest() -> str:
-    """Eight hex digits of everything that is compiled."""
+    """Eight hex digits of everything that is compiled, and how."""
     files = sorted(path for path in HERE.iterdir() if path.suffix in (".cpp", ".h", ".inc"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + " ".join(FLAGS).encode()).hexdigest()[:8]
 
 
 def library_name(torch_version: str) -> str:
@@ -52,7 +53,7 @@ def build(folder: Path) -> Path:
         return target
     os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))
     with tempfile.TemporaryDirectory() as work:
-        load("sophiavl_cpu", [str(HERE / name) for name in SOURCES], extra_cflags=FLAGS, build_directory=work, is_python_module=False)
+        load("sophiavl_cpu", [str(HERE / name) for name in SOURCES], extra_cflags=FLAGS, extra_ldflags=[OPENMP], build_directory=work, is_python_module=False)
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("libsophiavl_cpu-*.so"):
             old.unlink()

@@ -15,6 +15,10 @@
 
 #include "rows.h"
 
+#ifndef INTRA_OP_PARALLEL
+#error "at::parallel_for would be a plain loop on one core: compile with -fopenmp"
+#endif
+
 namespace sophiavl {
 
 using at::BFloat16;

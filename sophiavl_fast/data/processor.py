@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from sophiavl_fast import model_folder
-from sophiavl_fast.errors import UserError, nearest
+from sophiavl_fast.errors import UserError
 
 Prepared = tuple[str, list[int], list[int], list[Image.Image], Tensor | None, Tensor | None]
 
@@ -33,9 +33,7 @@ class Processor:
 
     def __init__(self, model_path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
         path = Path(model_path)
-        if not (path / "config.json").is_file():
-            siblings = [str(p) for p in path.parent.iterdir() if (p / "config.json").is_file()] if path.parent.is_dir() else []
-            raise UserError(f"model.path: '{path}' is no model folder (no config.json){nearest(str(path), siblings)}")
+        model_folder.refuse_missing(path)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's threads are the parallelism
         from transformers import AutoProcessor
 

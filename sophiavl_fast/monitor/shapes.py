@@ -105,14 +105,7 @@ def check_layout(sizes: Sizes, parallel: Parallel) -> None:
 def read(path: str | Path) -> Sizes:
     """Sizes of a model folder. Raises UserError for a folder without a usable config.json or of an unsupported family."""
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path = '{folder}': no config.json there; name a Hugging Face model folder")
-    try:
-        from transformers import AutoConfig
-
-        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # an unreadable file, an unknown type, a broken transformers: one line in any case
-        raise UserError(f"model.path = '{folder}': config.json cannot be used: {' '.join(str(error).split())[:200]}") from None
+    found = model_folder.open_config(folder)
     if found.model_type not in SUPPORTED:
         raise UserError(f"model.path = '{folder}': model_type '{found.model_type}' is not supported; supported: {', '.join(SUPPORTED)}")
     model_folder.refuse_partial(folder)

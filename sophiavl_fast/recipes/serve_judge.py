@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sophiavl_fast.config_checks import refuse_no_model
+from sophiavl_fast import model_folder
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.recipes.judge_server import KEY_VARIABLE, JudgeServer, Serving
 from sophiavl_fast.rewards.thinking import template as templates
@@ -42,7 +42,7 @@ def lines_to_paste(url: str, name: str, template: str, key: str | None) -> str:
 
 
 def _check(model: Path, template: str, how: Serving) -> None:
-    refuse_no_model(model)
+    model_folder.refuse_missing(model, "")
     if not 0 <= how.port <= 65535:
         raise UserError(f"--port {how.port}: must lie in 0..65535")
     templates.load(template)

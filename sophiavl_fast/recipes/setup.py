@@ -10,7 +10,6 @@ import torch
 from sophiavl_fast import config as tree
 from sophiavl_fast import model_folder, types
 from sophiavl_fast.config import Config
-from sophiavl_fast.config_checks import refuse_no_model
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
 from sophiavl_fast.policy.families import open_family
@@ -77,7 +76,7 @@ def refuse_missing_judge(config: Config) -> None:
     if config.thinking.backend == "off" or config.algorithm.name == "grpo":
         return
     if config.thinking.backend == "local":
-        refuse_no_model(config.thinking.path, "thinking.path")
+        model_folder.refuse_missing(config.thinking.path, "thinking.path")
     template.load(config.thinking.template)
 
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.config import Config
-from sophiavl_fast.errors import UserError
 from sophiavl_fast.rollout.environment import engine_variables
 
 MAX_IMAGES = 16                  # a prompt; more is refused by name
@@ -17,11 +17,7 @@ CPU_BLOCK = 128                  # tokens of a cache block of the CPU engine
 
 def text_config(path: str) -> dict[str, Any]:
     """The language model's part of a model folder's config.json; UserError where it cannot be read."""
-    file = Path(path) / "config.json"
-    try:
-        tree = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path '{path}': {file.name} cannot be read ({type(error).__name__})") from None
+    tree = model_folder.read(path)
     return tree | tree.get("text_config", {})
 
 

@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_refused_before_anything_is_loaded(model, tmp_pat
     for recipe in ("rl", "sft"):
         with pytest.raises(UserError, match=rf"model.path = '{cut}': 'model.safetensors' is cut short"):
             setup.refuse_unreadable(conf(**good | {"model": {"path": str(cut)}, "recipe": recipe}))
-    with pytest.raises(UserError, match=rf"model.path = '{tmp_path}/cuts': no config.json there; did you mean '{cut}'"):
+    with pytest.raises(UserError, match=rf"model.path = '{tmp_path}/cuts' is no model folder .no config.json.; did you mean '{cut}'"):
         setup.refuse_unreadable(conf(model={"path": f"{tmp_path}/cuts"}))
     with pytest.raises(UserError, match=r"debug.replay = '.*nowhere' holds no recorded step"):
         setup.refuse_unreadable(conf(**good, debug={"replay": str(tmp_path / "nowhere")}))

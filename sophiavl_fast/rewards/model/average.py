@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sophiavl_fast.errors import UserError, nearest
+from sophiavl_fast import model_folder
+from sophiavl_fast.errors import UserError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 INDEX = "model.safetensors.index.json"
@@ -51,9 +52,7 @@ def _files(model: Path) -> dict[str, str]:
     """Tensor name -> file that holds it."""
     from safetensors import SafetensorError, safe_open
 
-    if not (model / "config.json").is_file():
-        siblings = [str(p) for p in model.parent.iterdir() if (p / "config.json").is_file()] if model.parent.is_dir() else []
-        raise UserError(f"'{model}' is no model folder (no config.json){nearest(str(model), siblings)}")
+    model_folder.refuse_missing(model, "")
     if (model / INDEX).is_file():
         found = dict(json.loads((model / INDEX).read_text())["weight_map"])
     else:

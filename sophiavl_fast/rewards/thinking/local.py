@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.compat.patch_embedding import use_products
 from sophiavl_fast.config import Thinking
-from sophiavl_fast.errors import UserError, nearest
+from sophiavl_fast.errors import UserError
 from sophiavl_fast.rewards.thinking import Case, Verdict
 from sophiavl_fast.rewards.thinking.parse import parse_score
 from sophiavl_fast.rewards.thinking.prefix import PrefixModel, State
@@ -177,10 +177,7 @@ def _chunks(prompts: _Prompts) -> Iterator[list[_Row]]:
 
 def _load(path: str, device: torch.device) -> tuple[Any, Any]:
     """Processor and frozen model of a folder, in the dtype it was saved in; local files only, none of its code is run."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        siblings = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
-        raise UserError(f"thinking.path: '{path}' is no model folder (no config.json){nearest(path, siblings)}")
+    model_folder.refuse_missing(path, "thinking.path")
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:

@@ -4,8 +4,11 @@
 
 Pinned apart, the two phases share nothing but memory, as on GPUs of their own. At staleness 0 they wait for each other, and a step's phases
 are what each costs alone; at staleness 1 a step should take as long as the longer of the two. Ratios are of means over all steps: which phase
-is the longer changes from step to step. The runs are `train configs/demo.yaml`
-itself, in turns; the first steps of each are left out. `--judge ""` trains without a thinking reward: a local judge is scored by the trainer's own core.
+is the longer changes from step to step. The runs are `train configs/demo.yaml` itself, in turns; the first steps of each are left out.
+`--judge ""` trains without a thinking reward: a local judge is scored by the trainer's own core.
+
+Two cores share memory and caches, so that phases beside each other are slower than alone, whoever starts them. What the cores allow is measured too:
+one run that only samples (`debug.rollout_only`), another that only trains, on what a third sampled (`debug.replay`), first alone and then both at once.
 
     python benchmarks/staleness.py --compare runs/s0-1 runs/s1-1 --compare runs/s0-2 runs/s1-2 ... --out benchmarks/results/staleness_accuracy.json
 
@@ -20,7 +23,9 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -49,32 +54,73 @@ def main() -> None:
             found[k] += steps(a, k, turn)
             print(f"turn {turn + 1}/{a.turns}, staleness {k}: {medians(found[k])}", flush=True)
     rows = {str(k): medians(rows) for k, rows in found.items()}
-    alone = longer(found[0])
+    alone, cores = longer(found[0]), apart(a)
     steps_s = {k: [row["time/step_s"] for row in rows] for k, rows in found.items()}
     ratios = {str(k): {name: mean(s) / value for name, value in {**alone, "staleness_0": mean(steps_s[0])}.items()} for k, s in steps_s.items()}
     shape = {"steps": a.steps, "turns": a.turns, "left_out": WARM, "judge": "local" if a.judge else "none", "cores": [a.cores[0], a.cores[1:]]}
-    common.write(a.out, {"shape": shape, "medians": rows, "step_s": steps_s, "alone": alone, "ratios": ratios})
+    common.write(a.out, {"shape": shape, "medians": rows, "step_s": steps_s, "alone": alone, "ratios": ratios, "apart": cores})
     for k, row in ratios.items():
         print(f"staleness {k}: a step is {row['longer_phase']:.2f} x max(rollout, update), {row['longer_side']:.2f} x (transfer + max(rollout, reward + "
               f"update)), {row['staleness_0']:.2f} x a step at staleness 0")
+    print(f"runs that only sample and only train: {cores}")
+    for k, row in rows.items():
+        print(f"staleness {k}: the median step is {row['step_s'] / max(cores['beside'].values()):.2f} x the longer of them beside each other")
 
 
 def longer(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean seconds of the longer phase of each step at staleness 0, and of the longer of what trainer and engine each must do: both wait for a transfer."""
-    def phase(row: dict[str, Any], *names: str) -> float:
+    def spent(row: dict[str, Any], *names: str) -> float:
         return sum(row[f"time/{name}_s"] for name in names)
 
-    return {"longer_phase": mean(max(phase(r, "rollout"), phase(r, "update")) for r in rows),
-            "longer_side": mean(max(phase(r, "rollout", "transfer"), phase(r, "reward", "update", "transfer")) for r in rows)}
+    return {"longer_phase": mean(max(spent(r, "rollout"), spent(r, "update")) for r in rows),
+            "longer_side": mean(max(spent(r, "rollout", "transfer"), spent(r, "reward", "update", "transfer")) for r in rows)}
 
 
 def steps(a: argparse.Namespace, staleness: int, turn: int) -> list[dict[str, Any]]:
     """Metrics of one run's steps after the first few."""
     out = a.work / f"staleness{staleness}-{turn}"
+    with running(a, out, turn, "rollout.engine=server", f"rollout.staleness={staleness}") as run:
+        run.wait()
+    return records(out)[WARM:]
+
+
+def apart(a: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median seconds of sampling and of the update in runs that do nothing else: each alone, and both at the same time."""
+    kept = a.work / "responses"
+    sampling = ("rollout.engine=server", "debug.rollout_only=true")
+    training = (f"debug.replay={kept.resolve()}",)
+    with running(a, a.work / "sampling", 0, *sampling, f"debug.record={kept.resolve()}") as run:
+        run.wait()
+    with running(a, a.work / "training", 0, *training) as run:
+        run.wait()
+    alone = {"rollout_s": phase(records(a.work / "sampling")[WARM:], "rollout"), "update_s": phase(records(a.work / "training")[WARM:], "update")}
+    during: list[dict[str, Any]] = []
+    out, beside = a.work / "sampling-beside", a.work / "training-beside"
+    with running(a, out, 0, *sampling, "run.steps=100000") as sampler:
+        while sampler.poll() is None and len(records(out)) < WARM:
+            time.sleep(LOOK_S)
+        with running(a, beside, 0, *training) as trainer:
+            while trainer.poll() is None and len(records(beside)) < WARM:
+                time.sleep(LOOK_S)
+            before = len(records(out)) + 1
+            while trainer.poll() is None and len(records(beside)) < a.steps:
+                time.sleep(LOOK_S)
+            during = records(out)[before:]
+            trainer.wait()
+    return {"alone": alone, "beside": {"rollout_s": phase(during, "rollout"), "update_s": phase(records(beside)[WARM:], "update")}}
+
+
+def phase(rows: list[dict[str, Any]], name: str) -> float:
+    return median(row[f"time/{name}_s"] for row in rows)
+
+
+@contextmanager
+def running(a: argparse.Namespace, out: Path, seed: int, *settings: str) -> Iterator[subprocess.Popen]:
+    """A run whose trainer and engine have cores of their own; exits where it fails."""
     judge = [f"thinking.path={a.judge}"] if a.judge else ["thinking.backend=off"]
-    command = [sys.executable, "-m", "sophiavl_fast", "train", "configs/demo.yaml", f"run.dir={out.resolve()}", f"run.steps={a.steps}", f"run.seed={turn}",
-               f"data.registry={a.data.resolve()}/dataset_info.json", f"model.path={a.model.resolve()}", "rollout.engine=server", "run.resume=never",
-               f"rollout.staleness={staleness}", "eval.every=0", "checkpoint.every=0", *judge, *a.settings]
+    command = [sys.executable, "-m", "sophiavl_fast", "train", "configs/demo.yaml", f"run.dir={out.resolve()}", f"run.steps={a.steps}", f"run.seed={seed}",
+               f"data.registry={a.data.resolve()}/dataset_info.json", f"model.path={a.model.resolve()}", "run.resume=never", "eval.every=0",
+               "checkpoint.every=0", *judge, *settings, *a.settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, a.cores[1:]))}
     out.mkdir(parents=True, exist_ok=True)
     with (out / "train.log").open("w") as log:
@@ -82,12 +128,17 @@ def steps(a: argparse.Namespace, staleness: int, turn: int) -> list[dict[str, An
     over = threading.Event()
     pins = threading.Thread(target=pin, args=(run.pid, set(a.cores[1:]), over))
     pins.start()
-    code = run.wait()
-    over.set()
-    pins.join()
-    if code:
+    try:
+        yield run
+    finally:
+        ended = run.poll() is not None
+        if not ended:
+            run.terminate()
+        code = run.wait()
+        over.set()
+        pins.join()
+    if ended and code:
         sys.exit(f"{out}/train.log: exit code {code}\n{(out / 'train.log').read_text()[-1500:]}")
-    return records(out)[WARM:]
 
 
 def pin(trainer: int, cores: set[int], over: threading.Event) -> None:
@@ -127,7 +178,8 @@ def interval(values: list[float]) -> list[float]:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def arguments() -> argparse.Namespace:

@@ -87,7 +87,7 @@ class Rollout(Node):
     """Prompts a rollout step, over all replicas."""
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    """Enters the sampler and the ratio alike."""
+    """Enters the sampler and the ratio alike; at least 0.01, since vLLM samples no colder."""
     resample: int = 0
     """Rounds in which groups without signal (all advantages 0) are replaced by fresh prompts (DAPO); those left after the last are kept."""
     staleness: int = 0
@@ -287,6 +287,7 @@ class Eval(Node):
     max_new_tokens: int | None = None
     """null: rollout.max_new_tokens."""
     temperature: float = 0.0
+    """0: greedy decoding; else at least 0.01."""
 
 
 class Checkpoint(Node):

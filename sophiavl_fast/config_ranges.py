@@ -15,12 +15,15 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         rewards.workers rewards.memory_mb eval.limit eval.max_new_tokens checkpoint.keep"""),
     "at least 0": (lambda x: x >= 0, """
         rollout.staleness rollout.resample rollout.max_restarts algorithm.kl_coef algorithm.clip_low algorithm.clip_high algorithm.entropy_coef thinking.retries
-        rewards.numeric_tolerance optim.weight_decay optim.clip_grad optim.warmup_steps optim.min_lr eval.every eval.temperature
+        rewards.numeric_tolerance optim.weight_decay optim.clip_grad optim.warmup_steps optim.min_lr eval.every
         checkpoint.every trust.alpha"""),
     "greater than 0": (lambda x: x > 0, """
-        rollout.temperature rollout.start_timeout_s rollout.request_timeout_s rollout.transfer_timeout_s rollout.max_logprob_diff optim.lr optim.eps
+        rollout.start_timeout_s rollout.request_timeout_s rollout.transfer_timeout_s rollout.max_logprob_diff optim.lr optim.eps
         trust.anneal_steps thinking.timeout_s thinking.batch_timeout_s rewards.timeout_s policy.control_timeout_s algorithm.pre_clip algorithm.tis_cap
         algorithm.sigma_filter"""),
+    # vLLM samples no colder than 0.01, whatever it is asked for; 0 is greedy decoding
+    "at least 0.01": (lambda x: x >= 0.01, "rollout.temperature"),
+    "0 or at least 0.01": (lambda x: x == 0 or x >= 0.01, "eval.temperature"),
     "greater than 1": (lambda x: x > 1, "algorithm.dual_clip algorithm.mismatch_cap"),
     "in (0, 1]": (lambda x: 0 < x <= 1, "thinking.quorum thinking.gpu_memory memory.fraction rollout.gpu_memory_utilization"),
     "in [0, 1)": (lambda x: 0 <= x < 1, "optim.beta1 optim.beta2"),

@@ -58,6 +58,8 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["thinking.quorum=0"], "thinking.quorum = 0"),
     (GOOD, ["algorithm.sigma_filter=3"], "needs algorithm.normalize: batch"),
     (GOOD, ["eval.every=5"], "data.eval names no dataset"),
+    (GOOD, ["rollout.temperature=0.005"], "rollout.temperature = 0.005: must be at least 0.01"),
+    (GOOD, ["eval.temperature=0.005"], "eval.temperature = 0.005: must be 0 or at least 0.01"),
     (GOOD, ["rollout.engines=0"], "rollout.engines = 0: must be at least 1"),
     (GOOD, ["rollout.max_restarts=-1"], "rollout.max_restarts = -1: must be at least 0"),
     (GOOD, ["rollout.engine=inline", "rollout.engines=2"], "are for spawned servers; use rollout.engine=server"),

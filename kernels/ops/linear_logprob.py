@@ -12,6 +12,9 @@ from .logprob_ops import logprob
 from .vocabulary import IGNORE, Shard, wide
 
 
+COLDEST = 1e-30  # temperature: a logit over it is still a number in fp32
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -34,7 +37,7 @@ def linear_logprob(
     weight      [V/tp, H], hidden's dtype: this rank's rows of the output projection, equal shards in rank order
     target      [T] int64 or int32 global token ids; -100 gives 0 and no gradient, whatever the row holds
     bias        [V/tp]; -inf bans a token. Added before the division by the temperature, as samplers do
-    temperature float, or a 0-d tensor on the device; above 0, a constant to autograd
+    temperature float, or a 0-d tensor on the device; at least 1e-30, a constant to autograd
     entropy     also return the entropy (nats) of each row's distribution
     vocab_size  the true vocabulary: rows from there on are padding and never enter
     group       tensor-parallel group; one all-gather of four floats a token
@@ -75,7 +78,7 @@ def check_common(temperature: Coefficient, target: Tensor, shard: Shard, chunk: 
     """Checks that linear_logprob and logits_logprob share."""
     expect_flags(debug=debug, **flags)
     expect_choice("backend", backend, WISHES)
-    expect_number("temperature", temperature, target.device, above=0, debug=debug)
+    expect_number("temperature", temperature, target.device, least=COLDEST, debug=debug)
     expect_count("chunk", chunk, 1)
     if target.numel() and reads_contents(target, debug):
         wrong = target[((target < 0) | (target >= shard.vocab_size)) & (target != IGNORE)]

@@ -50,6 +50,14 @@ def test_judging_begins_while_other_groups_are_sampled():
         assert len(server.bodies) == 12
 
 
+def test_nothing_is_begun_after_its_end():
+    with judge_server(honest) as server:
+        with Rewards(config(server.url), device="cpu") as rewards:
+            rewards.score(groups())
+        rewards.start(groups()[0])      # a request of a step ahead that was still in flight
+        assert len(server.bodies) == 6
+
+
 def test_repo_mode_asks_only_about_what_the_public_code_asks_about():
     uniform = group("numerical", "12", ["12", "12"], reasonings=["quality 0.2"] * 2)
     with judge_server(honest) as server, Rewards(config(server.url, trust={"mode": "repo"}), device="cpu") as rewards:

@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> gradients_op(
   }
   const bool in_order = std::is_sorted(rows.begin(), rows.end());
   const bool every = in_order && static_cast<int64_t>(rows.size()) == x.size(0);
-  Tensor none, d_hidden = !wants_hidden ? none : every ? at::empty_like(x) : at::zeros_like(x), d_weight, d_bias;
+  // a shard of padding alone adds nothing, and nothing below writes what it adds
+  Tensor none, d_hidden = !wants_hidden ? none : every && valid > 0 ? at::empty_like(x) : at::zeros_like(x), d_weight, d_bias;
   const bool accumulate = main_grad.has_value();
   if (wants_weight && !accumulate) {
     d_weight = rows.empty() ? at::zeros_like(w) : at::empty_like(w);

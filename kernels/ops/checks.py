@@ -43,7 +43,7 @@ def expect_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], dtypes:
 
 
 def expect_number(name: str, value: float | Tensor | None, device: torch.device | None = None, *, least: float = -math.inf, above: float = -math.inf,
-                  finite: bool = True, optional: bool = False, debug: bool = False) -> None:
+                  most: float = sys.float_info.max, finite: bool = True, optional: bool = False, debug: bool = False) -> None:
     """Check a number and its range; with a `device`, 0-d tensors there pass too, and their value is looked at where `reads_contents`."""
     if value is None and optional:
         return
@@ -56,8 +56,9 @@ def expect_number(name: str, value: float | Tensor | None, device: torch.device 
     if isinstance(value, bool) or not isinstance(value, float | int):
         expect(False, name, repr(value), kind)
     assert value is not None
-    if not (value >= least and value > above and (value <= sys.float_info.max or not finite)):
+    if not (value >= least and value > above and (value <= most or not finite)):
         span = f" of at least {least:g}" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
+        span += f" and at most {most:g}" * (most < sys.float_info.max)
         expect(False, name, value, "None or " * optional + "a finite value" * finite + "a value" * (not finite) + span)
 
 

@@ -1,6 +1,7 @@
 """Which implementation of an op runs.
 
-`backend` is an explicit wish; "auto" asks the environment variable SOPHIAVL_KERNELS, and where that is unset too takes
+`backend` is an explicit wish; "auto" asks the environment variable SOPHIAVL_KERNELS (of which cpu means the C++ kernel for the op
+that has one, the reference for the others), and where that is unset too takes
 triton on a GPU, the C++ kernel on a CPU that has it, else the plain-PyTorch reference. A wish that cannot be met is an
 error that says why. Backends are modules, imported when first asked for: a machine without Triton or a compiler never
 notices them. A module may define `unavailable(op, device, dtype) -> str | None`: why it cannot serve, None: it can.
@@ -32,6 +33,8 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     wish, origin = backend, "backend"
     if wish == "auto" and (forced := os.environ.get("SOPHIAVL_KERNELS")):
         wish, origin = forced, "SOPHIAVL_KERNELS"
+        if wish == "cpu" and wish not in MODULES[op] and device.type == "cpu":
+            return "reference"
     if wish == "auto":
         native = "triton" if device.type == "cuda" else "cpu"
         served = dtype != torch.float64 and native in MODULES[op] and not _lack(op, native, device, dtype)

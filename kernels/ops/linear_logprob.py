@@ -11,8 +11,7 @@ from .dispatch import WISHES
 from .logprob_ops import logprob
 from .vocabulary import IGNORE, Shard, wide
 
-
-COLDEST = 1e-30  # temperature: a logit over it is still a number in fp32
+COLDEST, HOTTEST = 1e-30, 1e30  # temperature: it, its inverse and a logit over it are all numbers in fp32
 
 
 def linear_logprob(
@@ -37,10 +36,10 @@ def linear_logprob(
     weight      [V/tp, H], hidden's dtype: this rank's rows of the output projection, equal shards in rank order
     target      [T] int64 or int32 global token ids; -100 gives 0 and no gradient, whatever the row holds
     bias        [V/tp]; -inf bans a token. Added before the division by the temperature, as samplers do
-    temperature float, or a 0-d tensor on the device; at least 1e-30, a constant to autograd
+    temperature float, or a 0-d tensor on the device; 1e-30 to 1e30, a constant to autograd
     entropy     also return the entropy (nats) of each row's distribution
     vocab_size  the true vocabulary: rows from there on are padding and never enter
-    group       tensor-parallel group; one all-gather of four floats a token
+    group       tensor-parallel group; one all-gather of four floats a token (and of the shards' sizes where contents are read)
     active      [A] int64 rows that need a gradient, where the caller knows; the others get none
     main_grad   [V/tp, H] fp32: the weight's gradient is added to it and autograd gets none for the weight
     backend     auto | triton | cpu | reference, see `dispatch`
@@ -65,7 +64,7 @@ def linear_logprob(
         expect(main_grad.is_contiguous(), "main_grad", f"a tensor of strides {main_grad.stride()}", "a contiguous one")
     if active is not None:
         expect_tensor("active", active, ("A",), (torch.int64,), device)
-    shard = Shard.of(weight.shape[0], vocab_size, group)
+    shard = Shard.of("weight", weight.shape[0], vocab_size, group, agree=reads_contents(target, debug))
     check_common(temperature, target, shard, chunk, backend, debug=debug, entropy=entropy)
     if active is not None and active.numel() and reads_contents(active, debug):
         once = len(active.unique()) == len(active)
@@ -78,7 +77,7 @@ def check_common(temperature: Coefficient, target: Tensor, shard: Shard, chunk: 
     """Checks that linear_logprob and logits_logprob share."""
     expect_flags(debug=debug, **flags)
     expect_choice("backend", backend, WISHES)
-    expect_number("temperature", temperature, target.device, least=COLDEST, debug=debug)
+    expect_number("temperature", temperature, target.device, least=COLDEST, most=HOTTEST, debug=debug)
     expect_count("chunk", chunk, 1)
     if target.numel() and reads_contents(target, debug):
         wrong = target[((target < 0) | (target >= shard.vocab_size)) & (target != IGNORE)]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .checks import FLOATS, INTEGERS, expect, expect_tensor
+from .checks import FLOATS, INTEGERS, expect, expect_tensor, reads_contents
 from .coefficients import Coefficient
 from .linear_logprob import check_common
 from .logprob_ops import logprob
@@ -37,7 +37,7 @@ def logits_logprob(
     """
     expect_tensor("logits", logits, ("T", "V/tp"), FLOATS, differentiable=True)
     expect_tensor("target", target, (logits.shape[0],), INTEGERS, logits.device)
-    shard = Shard.of(logits.shape[1], vocab_size, group)
+    shard = Shard.of("logits", logits.shape[1], vocab_size, group, agree=reads_contents(target, debug))
     check_common(temperature, target, shard, chunk, backend, debug=debug, entropy=entropy, inplace=inplace)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         expect(not logits.is_leaf, "inplace", inplace, "False for a leaf tensor, whose values are the caller's to keep")

@@ -43,7 +43,7 @@ def statistics(
     if weight is None:
         launch.row_statistics(_rows(hidden), None, column, inverse, out, 0, valid, entropy)()
         return out
-    hidden, weight = _rows(hidden), _rows(weight)[:valid]
+    hidden, weight, bias = _rows(hidden), _rows(weight)[:valid], _dense(bias)
     plan = plans.choose(hidden, weight)
     if plan.statistics == "fused":
         tiles = -(-valid // plan.logits.columns)
@@ -76,7 +76,7 @@ def gradients(
         if out.numel():
             launch.row_gradient(logits, out, column, inverse, *upstream, valid)()
         return None if inplace else out, None, None
-    hidden, weight = _rows(hidden), _rows(weight)
+    hidden, weight, bias = _rows(hidden), _rows(weight), _dense(bias)
     d_hidden = hidden.new_zeros(hidden.shape) if wants[0] else None
     d_weight = main_grad
     if wants[1] and main_grad is None:
@@ -159,6 +159,11 @@ def _over_tiles(p: Packed, weight: Tensor, bias: Tensor | None, inverse: Tensor,
 def _rows(x: Tensor) -> Tensor:
     """x with its rows contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """A vector with its numbers side by side: kernels are given its address alone."""
+    return None if x is None else x.contiguous()
 
 
 def _inverse(temperature: float | Tensor, like: Tensor) -> Tensor:

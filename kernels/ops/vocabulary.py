@@ -36,11 +36,18 @@ class Shard:
     group: ProcessGroup | None
 
     @classmethod
-    def of(cls, rows: int, vocab_size: int | None, group: ProcessGroup | None) -> Shard:
-        """This rank's shard of `rows` rows, equal on all ranks. Raises ValueError where the shards do not cover `vocab_size`."""
+    def of(cls, name: str, rows: int, vocab_size: int | None, group: ProcessGroup | None, *, agree: bool) -> Shard:
+        """This rank's shard of `rows` rows, equal on all ranks. Raises ValueError where the shards do not cover `vocab_size`.
+
+        agree: ask the other ranks for their rows, and refuse unequal shards of the argument `name` on all of them.
+        """
         if not torch.compiler.is_compiling():
             expect(group is None or isinstance(group, ProcessGroup), "group", repr(group), "a ProcessGroup, or None")
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        if agree and ranks > 1:
+            found = torch.full((ranks,), rows, dtype=torch.int64, device=_device(group))
+            dist.all_gather(list(found.split(1)), found[:1].clone(), group=group)
+            expect(len(found.unique()) == 1, name, f"shards of {found.tolist()} rows", "as many on every rank: pad the last and give the true vocab_size")
         size = rows * ranks if vocab_size is None else vocab_size
         whole = isinstance(size, int) and not isinstance(size, bool)
         expect(whole and 0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
@@ -51,6 +58,11 @@ class Shard:
         column = target.long() - self.offset
         here = (column >= 0) & (column < self.valid)
         return column.where(here, 0), here
+
+
+def _device(group: ProcessGroup | None) -> torch.device:
+    """Where the group's collectives take their tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
 
 
 def shard_statistics(logits: Tensor, column: Tensor, here: Tensor, entropy: bool) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from sophiavl_fast.kernels import grpo_loss, linear_logprob, logits_logprob
+from sophiavl_fast.kernels import dispatch, grpo_loss, linear_logprob, logits_logprob
 from sophiavl_fast.kernels import triton_logprob_plans as plans
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -198,8 +198,12 @@ def test_wishes_that_cannot_be_met(monkeypatch):
     with pytest.raises(ValueError, match="backend = 'triton': TRITON_INTERPRET=1 came after Triton was imported"):
         linear_logprob(hidden, weight, target, backend="triton")
     monkeypatch.setenv("SOPHIAVL_KERNELS", "cpu")
-    with pytest.raises(ValueError, match="SOPHIAVL_KERNELS = 'cpu': logits_logprob has no such backend in this build; available: triton, reference"):
-        logits_logprob(hidden, target.clamp(max=H - 1))
+    # the variable speaks for all ops, of which one has a C++ kernel
+    assert dispatch.resolve("logits_logprob", "auto", torch.device("cpu"), torch.float32) == "reference"
+    with pytest.raises(ValueError, match="SOPHIAVL_KERNELS = 'cpu': grpo_loss has no such backend in this build; available: reference, triton"):
+        dispatch.resolve("grpo_loss", "auto", torch.device("cuda"), torch.float32)
+    with pytest.raises(ValueError, match="backend = 'cpu': logits_logprob has no such backend in this build; available: triton, reference"):
+        logits_logprob(hidden, target.clamp(max=H - 1), backend="cpu")
 
 
 def test_every_plan_is_sound():

@@ -218,7 +218,7 @@ def test_checkpoint_of_another_model_is_refused(folder, tied_folder, create, tmp
 
 
 def test_bad_model_folders_give_one_line(folder, create, tmp_path):
-    with pytest.raises(UserError, match=r"no config\.json there"):
+    with pytest.raises(UserError, match=r"is no model folder"):
         create(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 8}))
     with pytest.raises(UserError, match=r"model_type 'qwen2' is not supported.*qwen2_5_vl"):

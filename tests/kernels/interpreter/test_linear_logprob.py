@@ -226,6 +226,23 @@ def test_rows_and_columns_in_any_layout(monkeypatch):
         torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["small tiles", "tiled, cublas"])
+def test_a_bias_and_active_rows_in_any_layout(monkeypatch, name):
+    """A column of a table, one number for all, every second number."""
+    use(monkeypatch, name)
+    hidden, weight, _, target = make(30, 19, 300, bias=False)
+    active = torch.arange(30)[::2]
+    for bias in (torch.randn(300, 2)[:, 1], torch.tensor(0.5).expand(300), torch.randn(600)[::2]):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        a = linear_logprob(*leaves, target, bias=bias, active=active, backend="triton")[0]
+        got = torch.autograd.grad(a.sum(), leaves)
+        wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        exact = plain(target, entropy=False, dtype=torch.float64)(*wide, bias.double())[0]
+        kept = torch.zeros(30, dtype=torch.float64).index_fill(0, active, 1.0)
+        for x, y in zip((a, *got), (exact, *torch.autograd.grad((exact * kept).sum(), wide)), strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
 def test_peak_memory_is_what_the_arithmetic_says(monkeypatch):
     """gradient_bytes, against what PyTorch allocates in a backward pass."""
     use(monkeypatch, "as shipped")

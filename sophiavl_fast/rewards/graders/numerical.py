@@ -19,8 +19,18 @@ _NUMBER = re.compile(
     r"(?:\s?/\s?(?P<bottom>[0-9]+(?:\.[0-9]+)?))?"
     r"\s?(?P<percent>\\?%)?")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)(?![A-Za-z0-9])")
-_SIGNS = {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8"} | dict.fromkeys("£€¥\u00a0\u2009\u202f", " ")
-_WRITTEN = str.maketrans(_SIGNS | {"−": "-", "–": "-"})
+_SIGNS = {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8"} | dict.fromkeys("£€¥₹\u00a0\u2009\u202f", " ")
+_WRITTEN = str.maketrans(_SIGNS | {"−": "-", "–": "-", "—": "-"})
+_RAISED = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_LOWERED = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+_ABOUT = re.compile(r"(?:[≈~∼≃]|\\(?:approx|sim)\b|(?:about|around|roughly|approx(?:imately|\.)?|ca\.)(?= ))\s?", re.IGNORECASE)
+_CURRENCY = re.compile(r"(?:US|USD|EUR|GBP|INR|CNY|RMB|JPY)\s?(?=[-+.0-9])")
+_TIMES_TEN = re.compile(r"(?<=[0-9])\s?[x×]\s?(?=10\s?(?:\^|\*\*))")
+_PERCENT = re.compile(r"\s?\bper\s?cent\b", re.IGNORECASE)
+_UNIT = (r"(?:(?:square|cubic|sq\.?|cu\.?) )?(?:mm|cm|dm|km|m|in|inch(?:es)?|ft|feet|yd|mi|miles?"
+         r"|(?:kilo|centi|milli)?met(?:er|re)s?|mg|kg|g|t|lbs?|oz|(?:kilo)?grams?|ms|s|sec|min|h|hr|hrs|seconds?|minutes?|hours?|days?|weeks?|months?|years?|ml|mL|l|L|lit(?:er|re)s?|cents?|dollars?|euros?|USD|EUR|GBP|INR|CNY|RMB"
+         r"|JPY|degrees?|deg|°\s?[CFK]?|[NJWVAΩK]|kW|MW|Hz|kHz|MHz|mol|units?)(?:\^\{?-?[1-9]\}?)?")
+_MEASURED = re.compile(rf"(?P<number>.{{0,64}}[0-9.])\s?{_UNIT}(?:\s?(?:[/·*]|per)\s?{_UNIT}){{0,3}}")
 # a sum, a difference or a product still to be worked out; 3 x 10^4 is a way to write a number
 _UNDONE = re.compile(r"[0-9)}]\s?(?:[-+]|(?:\*|×|·|\\times|\\cdot)(?!\s?10\s?(?:\^|\*\*)))\s?[0-9(\\]")
 _MARKUP = " *_`"
@@ -49,6 +59,8 @@ def quick(task: Task) -> float | None:
     if answer.casefold() == gold.casefold():
         return 1.0
     left, right = _number(answer), _number(gold)
+    if left is None and right is not None and (measured := _MEASURED.fullmatch(answer)):
+        left = _number(measured["number"])    # a unit that the reference leaves out
     if right is not None and _UNDONE.search(answer.rpartition("=")[2]):
         return 0.0   # the question's own sum is no answer to it
     if left is None or right is None:
@@ -83,7 +95,18 @@ def close(left: float, right: float, tolerance: float) -> bool:
 
 
 def _normal(text: str) -> str:
-    return clean(text.translate(_WRITTEN)).strip(_MARKUP).rstrip("." + _MARKUP).replace("{,}", ",")
+    """As plain as it can be written: one line, powers as ^{...}, no dollar signs, no `about`, several lines of LaTeX as a list."""
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text.translate(_WRITTEN))
+    text = clean(text).strip(_MARKUP).rstrip("." + _MARKUP).replace("{,}", ",")
+    for opening, closing in (("\\[", "\\]"), ("\\(", "\\)")):
+        if text.startswith(opening) and text.endswith(closing):
+            text = text[2:-2].strip(_MARKUP)
+    if "\\begin" not in text:
+        text = text.replace("\\\\", " , ")
+    for prefix in (_ABOUT, _CURRENCY):
+        if match := prefix.match(text):
+            text = text[match.end():]
+    return _TIMES_TEN.sub(r"\\times ", _PERCENT.sub("%", text))
 
 
 def _number(text: str) -> Number | None:

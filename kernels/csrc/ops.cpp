@@ -76,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients_op(
   const int64_t candidates = active.has_value() ? chosen.numel() : x.size(0);
   for (int64_t i = 0; i < candidates; ++i) {
     const int64_t t = active.has_value() ? data<int64_t>(chosen)[i] : i;
+    TORCH_CHECK(t >= 0 && t < x.size(0), "active = ", t, ": expected rows in [0, ", x.size(0), ")");  // under torch.compile nobody has looked
     if (given.asks(t)) { rows.push_back(t); slopes.push_back(given.slope(t)); }
   }
   const bool in_order = std::is_sorted(rows.begin(), rows.end());

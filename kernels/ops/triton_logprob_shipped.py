@@ -32,10 +32,11 @@ def shipped() -> list[Shipped]:
         shape = (tile.rows, tile.columns) if dtype != torch.float32 else None  # fp32 takes no matrix unit
         for variant, one in _products(tile, dtype, *sizes).items():
             found.append(Shipped.of(f"linear_logprob/{variant}/{name}", one, archs=archs, occupancy=occupancy, product=shape))
-    half = plans.WIDE_80
-    scaled = launch.weight_gradient(_packed(torch.float16, WIDTH, scaled=True), _new(torch.float16, TOKENS, SPAN), _new(torch.float16, VALID, WIDTH), VALID, 0,
-                                    False, half)
-    found.append(Shipped.of("linear_logprob/weight_gradient-fp16/sm80", scaled, archs=(80,), occupancy=2, product=(half.rows, half.columns)))
+    for name in ("sm80", "sm90"):
+        tile, _, archs, occupancy, _ = PRODUCTS[name]
+        packed, gradient, into = _packed(torch.float16, WIDTH, scaled=True), _new(torch.float16, TOKENS, SPAN), _new(torch.float16, VALID, WIDTH)
+        scaled = launch.weight_gradient(packed, gradient, into, VALID, 0, False, tile)
+        found.append(Shipped.of(f"linear_logprob/weight_gradient-fp16/{name}", scaled, archs=archs, occupancy=occupancy, product=(tile.rows, tile.columns)))
     return found + [Shipped.of(f"logprob/{name}", one, occupancy=occupancy) for name, (one, occupancy) in _rows().items()]
 
 

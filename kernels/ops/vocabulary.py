@@ -49,8 +49,9 @@ class Shard:
             dist.all_gather(list(found.split(1)), found[:1].clone(), group=group)
             expect(len(found.unique()) == 1, name, f"shards of {found.tolist()} rows", "as many on every rank: pad the last and give the true vocab_size")
         size = rows * ranks if vocab_size is None else vocab_size
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        expect(whole and 0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
+        if not isinstance(size, int) or isinstance(size, bool):   # repr only where it is needed: torch.compile's symbols have none
+            expect(False, "vocab_size", repr(size), "an int, or None")
+        expect(0 < size <= rows * ranks, "vocab_size", size, f"1 to {rows * ranks}, the rows of {ranks} shard(s) of {rows}")
         return cls(rank * rows, min(max(size - rank * rows, 0), rows), size, group)
 
     def locate(self, target: Tensor) -> tuple[Tensor, Tensor]:

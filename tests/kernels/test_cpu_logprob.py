@@ -255,6 +255,17 @@ def test_threads_change_nothing_but_the_order_of_sums():
 
 
 @built
+def test_active_rows_that_nobody_has_looked_at_are_checked_at_last(monkeypatch):
+    """Under torch.compile contents are not read; a row that is not there must not be either."""
+    monkeypatch.setattr(sys.modules["sophiavl_fast.kernels.linear_logprob"], "reads_contents", lambda *_: False)
+    hidden, weight, _, target = make(4, 3, 5)
+    for wrong in (4, -1):
+        loss = linear_logprob(hidden, weight, target, active=torch.tensor([wrong]), backend="cpu")[0].sum()
+        with pytest.raises(RuntimeError, match=rf"active = {wrong}: expected rows in \[0, 4\)"):
+            loss.backward()
+
+
+@built
 def test_a_wish_that_cannot_be_met_says_why(on_isa):
     hidden, weight, _, target = make(4, 3, 5)
     with pytest.raises(ValueError, match=r"backend = 'cpu': it has no torch.float64"):

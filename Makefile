@@ -40,10 +40,11 @@ demo: $(STAMP)
 demo-judge: $(STAMP)
 	PYTHON=$(PY) DATA=$(DEMO_DATA) MODEL=$(DEMO_MODEL) OUT=runs/demo_judge_traces$(SUFFIX) bash scripts/thinking_reward_demo.sh
 
-# what a person runs before a commit
+# what a person runs before a commit: JOBS files of tests at a time, each on its own share of the cores (JOBS=0: one after the other)
+JOBS ?= 2
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow and not kill" tests --ignore tests/kernels/interpreter
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "not slow" tests/kernels/interpreter
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not kill" tests --ignore tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) -m "not slow" tests/kernels/interpreter
 
 # everything: layouts, kills, long runs
 test-all: $(STAMP)

@@ -310,7 +310,9 @@ class Monitor(Node):
 
 class Debug(Node):
     compare_hf: bool = False
-    """Recompute each step's log-probs with Hugging Face: debug/hf_logprob_diff_max."""
+    """Recompute log-probs with Hugging Face: debug/hf_logprob_diff_max."""
+    compare_every: int = 1
+    """In steps whose number this divides."""
     check_batches: bool = True
     """Check contents of packed rows (boundaries, image tokens against features)."""
     record: str | None = None

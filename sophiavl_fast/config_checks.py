@@ -203,6 +203,9 @@ def check_start(config: Any, environ: Mapping[str, str]) -> None:
 
 def _refuse_shared_gpus(config: Any, environ: Mapping[str, str]) -> None:
     local, gpus = int(environ.get("LOCAL_WORLD_SIZE", "1")), config.rollout.gpus
+    if config.recipe == "rl" and gpus and "LOCAL_WORLD_SIZE" in environ and (world_size(environ) or 1) > local:
+        raise UserError(f"rollout.gpus = {gpus} are the GPUs of one node, but this run's {world_size(environ)} processes are on several, {local} on this one; "
+                        "start the engines with `python -m sophiavl_fast.rollout.serve` and name them in rollout.urls, or leave them the trainer's own GPUs")
     taken = [gpu for gpu in gpus if gpu < local]
     if config.recipe == "rl" and taken and "CUDA_VISIBLE_DEVICES" not in environ and _on_gpus(config.device):
         raise UserError(f"rollout.gpus = {gpus}: the trainer's processes are on the first {local} GPUs, so GPU {taken[0]} is no engine's own; begin at {local}")

@@ -12,7 +12,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         run.steps model.min_pixels model.max_pixels data.max_prompt_tokens data.workers rollout.n rollout.prompts_per_step rollout.max_new_tokens
         rollout.engines rollout.max_num_seqs rollout.max_model_len rollout.tensor_parallel parallel.tensor parallel.pipeline parallel.context parallel.data
         algorithm.mini_batches algorithm.epochs policy.tokens_per_row policy.logprob_chunk sft.batch_size thinking.samples thinking.concurrency
-        rewards.workers rewards.memory_mb eval.limit eval.max_new_tokens checkpoint.keep"""),
+        debug.compare_every rewards.workers rewards.memory_mb eval.limit eval.max_new_tokens checkpoint.keep"""),
     "at least 0": (lambda x: x >= 0, """
         rollout.staleness rollout.resample rollout.max_restarts algorithm.kl_coef algorithm.clip_low algorithm.clip_high algorithm.entropy_coef thinking.retries
         rewards.numeric_tolerance optim.weight_decay optim.clip_grad optim.warmup_steps optim.min_lr eval.every

@@ -1,9 +1,22 @@
-"""Before anything that imports torchvision: the hook that lets its CUDA wheel import beside CPU torch. And the same examples every time."""
+"""Before anything that imports torchvision: the hook that lets its CUDA wheel import beside CPU torch. The same examples every time.
+
+Tests that run side by side (`make test`) have cores of their own, and so have the processes they start: two engines that both take all
+cores would wait for each other.
+"""
 import os
 
-from hypothesis import settings
 
-import sophiavl_fast  # noqa: F401
+def own_cores(cores: list[int], worker: int, workers: int) -> list[int]:
+    """This worker's share of the cores; all of them share what is fewer than one each."""
+    return cores[worker::workers] or cores
+
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER", ""):
+    os.sched_setaffinity(0, own_cores(sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+from hypothesis import settings  # noqa: E402
+
+import sophiavl_fast  # noqa: E402, F401
 
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("searching", derandomize=False)

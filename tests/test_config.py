@@ -128,6 +128,7 @@ def test_every_replica_has_a_server_of_its_own(tmp_path):
     (["device=cuda", "rollout.transfer=nccl"], {}, "rollout.transfer = nccl reaches engines on GPUs of their own: .* takes ipc"),
     (["device=cuda", "rollout.gpus=[1]"], {"LOCAL_WORLD_SIZE": "2"}, "the trainer's processes are on the first 2 GPUs, so GPU 1 .* begin at 2$"),
     (["device=cuda", "rollout.gpus=[1]"], {"LOCAL_WORLD_SIZE": "1"}, None),
+    (["device=cuda", "rollout.gpus=[2]"], {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, r"\[2\] are the GPUs of one node, but this run's 4 .*2 on"),
     (["device=cuda", "rollout.gpus=[0]"], {"CUDA_VISIBLE_DEVICES": "4"}, None),       # numbers among others
     (["device=cuda", "rollout.engines=2", "debug.replay=r"], {}, None),
     (["device=cuda", "rollout.engines=2", "recipe=sft"], {}, None),

@@ -258,12 +258,12 @@ class _Rank:
     def transfer(self) -> float:
         """Whole tensors on their way to the engine, a bucket under way while the next is gathered, and the largest as it is gathered from its parts.
 
-        An engine that reads them where they lie (ipc, on the trainer's own GPUs) lets go of none before the last: those that are gathered
-        from several ranks are all there at once.
+        An engine that reads them where they lie (ipc, on the trainer's own GPUs) lets go of none before the last: all are there at once,
+        from one rank too, which cuts its fused matrices into the published ones.
         """
         whole = self.b * self.sizes.total
         rollout = self.config.rollout
-        if self.place.cuda and self.t * self.stages > 1 and not rollout.urls and not rollout.gpus and rollout.transfer in ("auto", "ipc"):
+        if self.place.cuda and not rollout.urls and not rollout.gpus and rollout.transfer in ("auto", "ipc"):
             return whole
         largest = self.b * self.sizes.language.largest(1) * (1 + (self.t > 1))
         return min(whole, 2 * BUCKET) + largest

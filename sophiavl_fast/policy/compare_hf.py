@@ -25,16 +25,16 @@ class HuggingFace:
 
     @torch.no_grad()
     def difference(self, batches: list[Batch], logprobs: list[Tensor]) -> float:
-        """Largest |policy - Hugging Face| log-prob over the batches' targets, one unpacked row a response; every rank calls it.
+        """Largest |policy - Hugging Face| log-prob over the batches' targets, one unpacked row a response, NaN where any is; every rank calls it.
 
         Peers of a lead return 0. Slow on purpose: prompts and images are computed anew for every response.
         """
         self._refill()
-        worst = 0.0
+        worst = torch.zeros((), device=self.policy.device)
         for batch, logprob in zip(batches, logprobs, strict=True):
             if self.model is not None:
-                worst = max(worst, (self._logprobs(batch.to(self.policy.device)) - logprob).abs().max().item())
-        return worst
+                worst = torch.maximum(worst, (self._logprobs(batch.to(self.policy.device)) - logprob).abs().max())   # Python's max may drop a NaN
+        return worst.item()
 
     def _refill(self) -> None:
         state = self.model.state_dict() if self.model is not None else {}

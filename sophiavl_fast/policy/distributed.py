@@ -83,8 +83,8 @@ class Layout:
         return self._over_replicas(tensor, dist.ReduceOp.SUM)
 
     def max_over_replicas(self, tensor: Tensor) -> Tensor:
-        """The largest of every replica's tensor, element by element."""
-        return self._over_replicas(tensor, dist.ReduceOp.MAX)
+        """The largest of every replica's tensor, element by element; infinity for a NaN, which the reduction may lose."""
+        return self._over_replicas(tensor.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), dist.ReduceOp.MAX)
 
     def _over_replicas(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         total = tensor.detach().clone()

@@ -25,6 +25,7 @@ import psutil
 
 PULSE_S = 1.0
 SILENT_PULSES = 5.0      # so many without a change, while everything falls, and a rank counts as gone
+CLOCKS_S = 2.0           # by which clocks of hosts, and of a shared file system, may differ
 LEAVE_S = 20.0           # a failed rank that cannot end its cleanup by then (a collective without its peers) is ended
 
 
@@ -43,6 +44,9 @@ class Muster:
         # one attempt of one job: a requeued job has another port or restart count
         self._job = "-".join(environ.get(k, "") for k in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"))
         self._folder, self._parent = run_dir / "ranks", os.getppid()
+        self._told = self._folder / f".told-{self._job}"
+        # what lies in the folder from before this process is an earlier attempt's: with a fixed port all attempts have one name
+        self._born = psutil.Process().create_time() - CLOCKS_S
         self._host, self._stack, self._lock, self._ended = socket.gethostname(), ["the start"], threading.Lock(), False
         self._note: dict[str, Any] = {"job": self._job, "rank": self.rank, "pid": os.getpid(), "host": self._host, "step": 0, "phase": "the start",
                                       "pulse": 0, "failed": "", "left": ""}
@@ -67,6 +71,9 @@ class Muster:
         if self.size > 1:
             self._stack[0] = "between phases"
             self._folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                if self._told.stat().st_mtime < self._born:
+                    self._told.unlink()
             self._write()
             self._read_end, write_end = os.pipe()
             os.set_blocking(write_end, False)
@@ -125,8 +132,9 @@ class Muster:
         found = []
         for rank in range(self.size):
             with suppress(OSError, ValueError):
-                note = json.loads((self._folder / f"rank-{rank}.json").read_text())
-                if note["job"] == self._job and rank != self.rank:
+                file = self._folder / f"rank-{rank}.json"
+                note = json.loads(file.read_text())
+                if note["job"] == self._job and rank != self.rank and file.stat().st_mtime >= self._born:
                     found.append(note)
         return found
 
@@ -142,7 +150,7 @@ class Muster:
     def _first(self) -> bool:
         """Whether nobody has told of this job's end yet."""
         try:
-            os.close(os.open(self._folder / f".told-{self._job}", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self._told, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         except OSError:

@@ -190,15 +190,15 @@ def update(rooms: Rooms, groups: list[types.Group], advantages: torch.Tensor | N
         if a.kl_coef > 0:
             for batch, logprob in zip(part, policy.logprobs(part, reference=True), strict=True):
                 batch.ref_logprob = logprob
-    if config.debug.compare_hf:
-        found["debug/hf_logprob_diff_max"] = max(policy.compare_hf(part, policy.logprobs(part)) for part in parts)
+    if config.debug.compare_hf and step % config.debug.compare_every == 0:
+        found["debug/hf_logprob_diff_max"] = _worst([policy.compare_hf(part, policy.logprobs(part)) for part in parts])
     results = []
     for _ in range(a.epochs):
         for part in parts:
             count = policy.sum_over_replicas(losses.denominator(part, config))
             result = policy.update(part, losses.make_grpo_loss(config, count), entropy=True, active=lambda batch: losses.active_rows(batch, config))
             results.append(losses.metrics(result.stats, config) | {"policy/grad_norm": result.grad_norm, "optim/lr": result.lr})
-    found |= {key: (max if key.endswith("_max") else _mean)([r[key] for r in results]) for key in results[0]}
+    found |= {key: (_worst if key.endswith("_max") else _mean)([r[key] for r in results]) for key in results[0]}
     if not config.rollout.staleness:  # else most tokens are of an older version, see probe.py
         probe.require_agreement(found["rollout/logprob_diff_max"], config, step)
     return found
@@ -217,6 +217,11 @@ def ahead_metrics(groups: list[types.Group], step: int, busy: float) -> dict[str
     """How far behind the policy the tokens of this replica were sampled, and how long the engines worked on them."""
     lag = [step - 1 - version for g in groups for r in g.responses for version in r.weight_versions]
     return {"rollout/busy_s": busy, "rollout/lag_mean": _mean(lag), "rollout/lag_max": max(lag)}
+
+
+def _worst(values: list[float]) -> float:
+    """The largest, NaN where any is NaN."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -134,15 +134,15 @@ class ServerRollout:
             while (engine := self._pool.pick()) is None:
                 await asyncio.sleep(PICK_S)
             life = engine.life
-            engine.load += 1
+            self._pool.carry(engine, 1)
             try:
                 return await self._ask_engine(client, engine, prompt, sampling)
             except EngineLost as why:
                 self._pool.lose(engine, life, why)
-                self._pool.redone += 1
+                self._pool.redo()
             finally:
                 if engine.life == life:
-                    engine.load -= 1
+                    self._pool.carry(engine, -1)
 
     async def _ask_engine(self, client: httpx.AsyncClient, engine: Engine, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         body = {"model": "policy", "token_ids": prompt.token_ids, "return_token_ids": True,

@@ -158,6 +158,16 @@ class Pool:
         """Undo `sleep` without new weights."""
         self._told(transfer.wake, [e for e in self.engines if e.state in ("up", "ready") and e.lane and e.lane.asleep])
 
+    def carry(self, engine: Engine, requests: int) -> None:
+        """Note that the engine has so many more requests to answer, or fewer; from any thread."""
+        with self._lock:
+            engine.load += requests
+
+    def redo(self) -> None:
+        """Count a request that is asked again."""
+        with self._lock:
+            self.redone += 1
+
     def counters(self) -> dict[str, float]:
         """Restarts and redone requests since the last call, and engines that are not lost."""
         with self._lock:

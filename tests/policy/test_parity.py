@@ -1,4 +1,6 @@
 """Log-probs and gradients against plain transformers, one row a response, fp32."""
+import math
+
 import pytest
 import tiny
 import torch
@@ -159,6 +161,8 @@ def test_compare_hf_sees_the_live_weights(tied_folder, create, share):
     after = policy.logprobs(batches)
     assert policy.compare_hf(batches, after) < LOGPROB
     assert policy.compare_hf(batches, before) > 1e-4
+    for spoilt in range(len(after)):
+        assert math.isinf(policy.compare_hf(batches, [x * math.nan if i == spoilt else x for i, x in enumerate(after)])), "NaN is no agreement"
 
 
 def test_inactive_rows_cost_no_backward_pass_and_change_nothing(folder, create):

@@ -9,14 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sophiavl_fast.recipes import muster
+from sophiavl_fast.rollout.server import pick_port
 from tests.recipes.conftest import ROOT
 
 WORKER = Path(__file__).with_name("muster_worker.py")
 
 
-def start(folder: Path, deed: str, doer: int, deadline: float = 600.0) -> subprocess.Popen:
+def start(folder: Path, deed: str, doer: int, deadline: float = 600.0, meeting: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), str(folder), str(deadline),
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "2", str(WORKER), str(folder), str(deadline),
                              deed, str(doer)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -51,6 +53,15 @@ def test_one_line_names_the_rank_and_its_phase(tmp_path, deed, doer, line):
     assert len(lines) == 1 and f"rank {doer} (pid " in lines[0] and line in lines[0], lines
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
+
+
+def test_a_second_attempt_at_the_same_port_has_its_own_line(tmp_path):
+    """Nothing but the time tells the attempts apart; the first one's notes name a culprit that the second's must not."""
+    meeting = ("--master-addr", "127.0.0.1", "--master-port", str(pick_port(0)))
+    for doer in (1, 0):
+        lines = end_of(start(tmp_path, "raise", doer, meeting=meeting))
+        assert len(lines) == 1 and f"rank {doer} (pid " in lines[0] and "the wheel came off" in lines[0], lines
+        time.sleep(muster.CLOCKS_S)
 
 
 def test_a_rank_that_falls_before_the_other_has_joined_is_told_of(tmp_path):

@@ -95,6 +95,11 @@ class HttpControl:
             response = self._client.request(method, route, **content)
         except httpx.TimeoutException:
             raise EngineLost(f"{self.name} did not answer {phase} within {self._timeout_s:g} s{self.diagnosis()}") from None
+        except RuntimeError:
+            if not self._client.is_closed:
+                raise
+            # the pool has given this engine up meanwhile, in a thread of its own
+            raise EngineLost(f"{self.name} was given up before {phase}{self.diagnosis()}") from None
         except httpx.TransportError as error:
             self.ended()
             raise EngineLost(f"{self.name} cannot be reached for {phase} ({error or type(error).__name__}){self.diagnosis()}") from None

@@ -1,5 +1,6 @@
 """report.html: its numbers are the run's, nothing a model wrote becomes markup, and it needs nothing but itself."""
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -180,6 +181,23 @@ def test_a_response_out_of_format_is_shown_whole():
     assert told["raw"] == "just 7" and "answer" not in told
     told = browser._response(sample(1, 0, 1), 0.5)
     assert (told["thinking_text"], told["answer"], told["correct"]) == ("I count 1.", "1", True)
+
+
+REGULAR = re.compile(r"\s*<think>(?P<thinking>.*?)</think>(?P<between>.*?)<answer>(?P<answer>.*?)</answer>(?P<rest>.*)", re.DOTALL)
+
+
+def test_a_response_is_split_as_the_regular_expression_says():
+    """Every sequence of five of these pieces."""
+    for pieces in itertools.product(("<think>", "</think>", "<answer>", "</answer>", " \n\x1f", "a <"), repeat=5):
+        for text in ("".join(pieces), "<think>" + "".join(pieces)):
+            expected = REGULAR.fullmatch(text)
+            assert browser._split(text) == (expected and (expected["thinking"], expected["answer"])), text
+
+
+@pytest.mark.parametrize("text", ["<think>" + "</think><answer>" * 20_000, "<think>" * 20_000, " " * 20_000 + "<think>" + "</think>" * 20_000,
+                                  "<think></think>" + "<answer>" * 20_000 + "</answer"], ids=["both", "opened", "closed", "answers"])
+def test_a_response_of_nothing_but_tags_is_split_in_no_time(text):
+    assert "raw" in browser._response(sample(1, 0, 0, response=text), 0.5)  # it simply has to come back
 
 
 def test_every_number_has_a_curve_once():

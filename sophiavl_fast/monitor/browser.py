@@ -9,13 +9,12 @@ from typing import Any
 from PIL import Image
 
 from sophiavl_fast.monitor import jsonl
-from sophiavl_fast.monitor.groups import GroupIndex
+from sophiavl_fast.monitor.groups import NUMBERS, GroupIndex
 
 SIDE = 512             # pixels of an embedded picture's longer side
 SMALL = 256            # a picture up to this side is kept as it is, lossless
 PICTURES_LIMIT = 9 << 20   # bytes of all embedded pictures, base64 included
 TEXT_LIMIT = 12_000    # characters of a text
-NUMBERS = ("outcome", "thinking", "total", "gamma", "trust_weight", "advantage", "response_tokens", "weight_version")
 THINK, THINK_END, ANSWER, ANSWER_END = "<think>", "</think>", "<answer>", "</answer>"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sophiavl_fast import __version__, config, config_checks, reward_commands
+from sophiavl_fast import argument_types as take
 from sophiavl_fast.compat.quiet import quiet
 from sophiavl_fast.errors import EngineError, UserError
 
@@ -67,16 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", required=True, help="JSON file to write")
     evaluate.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="which engine answers")
     evaluate.add_argument("--templates", default="sophia", help="prompt template, packaged name or YAML file")
-    evaluate.add_argument("--max-new-tokens", type=int, default=1024)
+    evaluate.add_argument("--max-new-tokens", type=take.positive, default=1024)
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    evaluate.add_argument("--limit", type=int, default=None, help="first N records only")
+    evaluate.add_argument("--limit", type=take.positive, default=None, help="so many records only, evenly spaced")
 
     infer = command("infer", _infer, "answer one question about one image")
     infer.add_argument("--model", required=True)
     infer.add_argument("--image", action="append", default=[], help="image file; repeat for several")
     infer.add_argument("--type", choices=TYPES, default="free_form", help="problem type: chooses the prompt's suffix")
     infer.add_argument("--templates", default="sophia")
-    infer.add_argument("--max-new-tokens", type=int, default=2048)
+    infer.add_argument("--max-new-tokens", type=take.positive, default=2048)
     infer.add_argument("question")
 
     export = command("export", _export, "write a checkpoint as a Hugging Face folder (safetensors)")
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--registry", default="")
     check.add_argument("--model", default="", help="Hugging Face folder whose processor counts the tokens")
     check.add_argument("--templates", default="sophia")
+    check.add_argument("--min-pixels", type=take.positive, default=None, help="smallest image area, the run's model.min_pixels; needs --model")
+    check.add_argument("--max-pixels", type=take.positive, default=None, help="largest image area, the run's model.max_pixels; needs --model")
     return top
 
 
@@ -153,4 +156,4 @@ def _doctor(a) -> int:
 def _data_check(a) -> int:
     from sophiavl_fast.data.check import command
 
-    return command(a.name, registry=a.registry, model=a.model, templates=a.templates)
+    return command(a.name, registry=a.registry, model=a.model, templates=a.templates, min_pixels=a.min_pixels, max_pixels=a.max_pixels)

@@ -30,7 +30,8 @@ class Run(Node):
     seed: int = 0
     """Every other seed derives from it and from (step, prompt id, i)."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of run.dir; never: start anew (refused when run.dir holds a run); or a checkpoint's path."""
+    """auto: go on from the newest checkpoint of run.dir; never: start anew (refused when run.dir holds a run); or a checkpoint's path,
+    and later ones in run.dir are set aside then as abandoned_step_N."""
     export: str | None = None
     """Folder of the final Hugging Face export; null: run.dir/hf."""
 
@@ -41,9 +42,9 @@ class Model(Node):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights and activations of policy and rollout engine; log-probs and losses are fp32 always."""
     min_pixels: int | None = None
-    """Smallest image area after resizing; null: the processor's own."""
+    """Smallest image area after resizing; null: the processor's own. The export carries it."""
     max_pixels: int | None = None
-    """Largest image area after resizing; null: the processor's own."""
+    """Largest image area after resizing; null: the processor's own. The export carries it."""
     freeze_vision: bool = False
     """Keep the vision tower fixed; its weights are then transferred once only."""
 

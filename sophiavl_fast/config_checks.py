@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -197,8 +199,18 @@ def check_start(config: Any, environ: Mapping[str, str]) -> None:
     """What a run must find where it starts, and a configuration that is only read need not: room for its engines, a token. Raises UserError."""
     check_placement(config)
     _refuse_shared_gpus(config, environ)
+    if config.run.export:
+        refuse_no_place(config.run.export, "run.export = ")
     if config.recipe == "rl" and config.rollout.urls and not config.debug.replay and not environ.get(TOKEN_VARIABLE):
         raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
+
+
+def refuse_no_place(folder: str | Path, option: str = "") -> None:
+    """UserError where no folder can be made at this path: something above it is no folder, or takes nothing. Known before hours of work end there."""
+    path = Path(folder).absolute()
+    above = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{option}'{folder}' cannot be made: " + (f"nothing can be written in '{above}'" if above.is_dir() else f"'{above}' is a file"))
 
 
 def _refuse_shared_gpus(config: Any, environ: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sophiavl_fast import argument_types as take
 from sophiavl_fast.errors import UserError
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -25,18 +26,18 @@ def add(commands: Any, command: Command, parser_class: type[argparse.ArgumentPar
     average.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face folders of one architecture")
     serve = command("serve", _serve, "serve a thinking reward model by vLLM, behind a token, until interrupted", group)
     serve.add_argument("model", help="Hugging Face folder")
-    serve.add_argument("--port", type=int, default=8000, help="0: a free one")
+    serve.add_argument("--port", type=take.port, default=8000, help="0: a free one")
     serve.add_argument("--host", default="127.0.0.1", help="other than loopback only where you mean it")
     serve.add_argument("--name", default="thinking-reward-model", help="served model name")
     serve.add_argument("--template", default="thinking_reward", help="judge template, for the printed lines")
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     serve.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    serve.add_argument("--tensor-parallel", type=int, default=1)
-    serve.add_argument("--max-model-len", type=int, default=None)
-    serve.add_argument("--max-num-seqs", type=int, default=64)
-    serve.add_argument("--gpu-memory", type=float, default=0.9, help="share of the GPU's memory")
+    serve.add_argument("--tensor-parallel", type=take.positive, default=1)
+    serve.add_argument("--max-model-len", type=take.positive, default=None)
+    serve.add_argument("--max-num-seqs", type=take.positive, default=64)
+    serve.add_argument("--gpu-memory", type=take.share, default=0.9, help="share of the GPU's memory")
     serve.add_argument("--log", default="", help="file for the server's log; a temporary one otherwise")
-    serve.add_argument("--timeout", type=float, default=600.0, help="seconds until it must answer")
+    serve.add_argument("--timeout", type=take.seconds, default=600.0, help="seconds until it must answer")
     _evaluate_options(command("evaluate", _evaluate, "does a judge deserve trust: agreement with held-out labels, or pair accuracy", group))
 
 
@@ -51,19 +52,19 @@ def _asking_options(parser: argparse.ArgumentParser, *, score: str) -> None:
     parser.add_argument("--template", default="thinking_reward", help="judge prompt: a packaged name or a YAML file")
     parser.add_argument("--score", choices=("parse", "expected"), default=score, help="the number in the reply, or the mean over its log-probs")
     parser.add_argument("--include-answer", action="store_true", help="show the judge the answer too")
-    parser.add_argument("--concurrency", type=_positive, default=32)
-    parser.add_argument("--timeout", type=_seconds, default=60.0, help="seconds of one call")
-    parser.add_argument("--retries", type=_count, default=4, help="further tries of a call that failed")
-    parser.add_argument("--samples", type=_positive, default=1, help="scores a trace and judge; their spread is kept")
+    parser.add_argument("--concurrency", type=take.positive, default=32)
+    parser.add_argument("--timeout", type=take.seconds, default=60.0, help="seconds of one call")
+    parser.add_argument("--retries", type=take.count, default=4, help="further tries of a call that failed")
+    parser.add_argument("--samples", type=take.positive, default=1, help="scores a trace and judge; their spread is kept")
     parser.add_argument("--cache", default="", help="file that keeps scores by content over runs")
-    parser.add_argument("--max-calls", type=_positive, default=None, help="stop before more calls than this")
-    parser.add_argument("--max-tokens", type=_positive, default=None, help="stop after this many tokens, as the servers count them")
+    parser.add_argument("--max-calls", type=take.positive, default=None, help="stop before more calls than this")
+    parser.add_argument("--max-tokens", type=take.positive, default=None, help="stop after this many tokens, as the servers count them")
 
 
 def _annotate_options(parser: argparse.ArgumentParser) -> None:
     _asking_options(parser, score="parse")
     parser.add_argument("--out", required=True, help="JSONL to write, or to go on with: each trace with its score and error")
-    parser.add_argument("--give-up", type=_seconds, default=120.0, help="seconds without any score after which the server counts as gone")
+    parser.add_argument("--give-up", type=take.seconds, default=120.0, help="seconds without any score after which the server counts as gone")
     parser.add_argument("--retry-errors", action="store_true", help="ask again about traces that an earlier run left without a score")
     parser.add_argument("--keep-replies", action="store_true", help="keep what the judges wrote (rationales)")
 
@@ -75,12 +76,12 @@ def _balance_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write: records, registry, histogram, data card")
     parser.add_argument("--images", default="", help="base folder of image paths (default: the input's folder)")
     parser.add_argument("--template", default="thinking_reward", help="judge prompt that the model is trained and served with")
-    parser.add_argument("--minimum", type=_count, default=0, help="refuse where an interval holds fewer")
-    parser.add_argument("--maximum", type=_positive, default=None, help="at most this many an interval (default: three times the smallest, see docs)")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of the traces kept apart, by picture")
+    parser.add_argument("--minimum", type=take.count, default=0, help="refuse where an interval holds fewer")
+    parser.add_argument("--maximum", type=take.positive, default=None, help="at most this many an interval (default: three times the smallest, see docs)")
+    parser.add_argument("--held-out", type=take.share_kept_apart, default=0.1, help="share of the traces kept apart, by picture")
     parser.add_argument("--skip-rule", action="append", default=[], choices=sorted(RULES), metavar="RULE", help=f"rule not to apply: {', '.join(RULES)}")
-    parser.add_argument("--max-spread", type=_share, default=0.25, help="largest spread between judges or samples")
-    parser.add_argument("--max-chars", type=_positive, default=16000, help="longest reasoning")
+    parser.add_argument("--max-spread", type=take.share, default=0.25, help="largest spread between judges or samples")
+    parser.add_argument("--max-chars", type=take.positive, default=16000, help="longest reasoning")
     parser.add_argument("--include-answer", action="store_true", help="the judge sees the answer too")
     parser.add_argument("--rationale", action="store_true", help="train on the judge's kept reply (annotate --keep-replies) before its score")
     parser.add_argument("--seed", type=int, default=0)
@@ -91,7 +92,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="JSON result; a calibration picture is written beside it")
     parser.add_argument("--layout", choices=("scores", "vl-rewardbench"), default="scores",
                         help="scores: lines with a label `score`; vl-rewardbench: pairs of responses, asked in both orders")
-    parser.add_argument("--threshold", type=_share, default=0.8, help="labels below it are flawed, the others sound")
+    parser.add_argument("--threshold", type=take.share, default=0.8, help="labels below it are flawed, the others sound")
     parser.add_argument("--pairs", choices=("auto", "compare", "score"), default="auto",
                         help="compare: both responses in one prompt; score: each alone; auto: compare where the judge can")
 
@@ -182,27 +183,3 @@ def _in_command_words(run: Callable[[], Any]) -> Any:
         return run()
     except UserError as error:
         raise UserError(command_words(str(error))) from None
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be greater than 0, and finite")
-    return value
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must lie in (0, 1]")
-    return value

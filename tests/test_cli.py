@@ -148,3 +148,74 @@ def test_no_command_and_help():
 ])
 def test_commands_refuse_in_one_line(arguments, expected):
     refused(cli(*arguments), expected)
+
+
+def said(capsys, *arguments: str) -> str:
+    """The one line of a command that must end with exit code 2."""
+    from sophiavl_fast.cli import main
+
+    try:
+        code = main(arguments)
+    except SystemExit as error:     # argparse's way out
+        code = error.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("sophiavl-fast"), (code, lines)
+    return lines[0]
+
+
+EVALUATE = ("evaluate", "--model", "m", "--data", "d", "--out", "x.json")
+ASK = ("--input", "i", "--out", "o", "--url", "http://h", "--model", "m")
+
+
+@pytest.mark.parametrize("arguments,expected", [
+    ((*EVALUATE, "--limit", "-1"), "argument --limit: -1: must be at least 1"),
+    ((*EVALUATE, "--limit", "0"), "argument --limit: 0: must be at least 1"),
+    ((*EVALUATE, "--limit", "some"), "argument --limit: 'some': expected a whole number"),
+    ((*EVALUATE, "--max-new-tokens", "0"), "argument --max-new-tokens: 0: must be at least 1"),
+    ((*EVALUATE, "--max-new-tokens", "-3"), "-3: must be at least 1"),
+    ((*EVALUATE, "--max-new-tokens", "9" * 30), "less than 2^31"),
+    (("infer", "--model", "m", "--max-new-tokens", "0", "what?"), "argument --max-new-tokens: 0: must be at least 1"),
+    (("infer", "--model", "m", ""), "the question is empty"),
+    (("infer", "--model", "m", " \n"), "the question is empty"),
+    (("reward", "annotate", *ASK, "--concurrency", "0"), "argument --concurrency: 0: must be at least 1"),
+    (("reward", "annotate", *ASK, "--timeout", "-1"), "argument --timeout: -1: must be greater than 0"),
+    (("reward", "annotate", *ASK, "--give-up", "nan"), "argument --give-up: nan: must be greater than 0"),
+    (("reward", "annotate", *ASK, "--retries", "-1"), "argument --retries: -1: must be at least 0"),
+    (("reward", "evaluate", *ASK, "--threshold", "1.5"), "argument --threshold: 1.5: must lie in (0, 1]"),
+    (("reward", "evaluate", *ASK, "--samples", "1.5"), "argument --samples: '1.5': expected a whole number"),
+    (("reward", "balance", "--input", "i", "--out", "o", "--held-out", "1"), "argument --held-out: 1: must lie in [0, 1)"),
+    (("reward", "serve", "m", "--port", "99999"), "argument --port: 99999: must lie in [0, 65535]"),
+    (("reward", "serve", "m", "--timeout", "-1"), "argument --timeout: -1: must be greater than 0"),
+    (("reward", "serve", "m", "--gpu-memory", "2"), "argument --gpu-memory: 2: must lie in (0, 1]"),
+    (("reward", "serve", "m", "--tensor-parallel", "0"), "argument --tensor-parallel: 0: must be at least 1"),
+    (("reward", "serve", "m", "--max-model-len", "0"), "argument --max-model-len: 0: must be at least 1"),
+    (("reward", "serve", "m", "--max-num-seqs", "-4"), "argument --max-num-seqs: -4: must be at least 1"),
+    (("data", "check", "d", "--model", "m", "--min-pixels", "0"), "argument --min-pixels: 0: must be at least 1"),
+    (("data", "check", "d", "--max-pixels", "9"), "name the model's folder"),
+    (("data", "check", "d", "--model", "m", "--min-pixels", "9", "--max-pixels", "8"), "--min-pixels 9 is more than --max-pixels 8"),
+])
+def test_numbers_out_of_range_are_refused_before_anything_is_read(capsys, arguments, expected):
+    assert expected in said(capsys, *arguments)
+
+
+def test_the_functions_behind_evaluate_and_infer_refuse_the_same(tmp_path):
+    from sophiavl_fast.errors import UserError
+    from sophiavl_fast.evaluate.command import evaluate
+    from sophiavl_fast.evaluate.infer import infer
+
+    for wrong, words in (({"limit": -1}, "eval.limit = -1: must be at least 1"), ({"max_new_tokens": 0}, "rollout.max_new_tokens = 0: must be at least 1")):
+        with pytest.raises(UserError, match=words):
+            evaluate("m", "d", "", tmp_path / "x.json", **wrong)
+    with pytest.raises(UserError, match="--max-new-tokens 0: must be at least 1"):
+        infer("m", [], "what?", max_new_tokens=0)
+
+
+def test_nothing_to_answer_is_no_result(capsys, tmp_path, model, monkeypatch):
+    """An empty file is refused where it is opened; records that are all left out, by `evaluate`."""
+    (tmp_path / "set.jsonl").write_text("")
+    (tmp_path / "registry.json").write_text(json.dumps({"mine": {"file_path": "set.jsonl"}}))
+    arguments = ("evaluate", "--model", str(model), "--data", "mine", "--registry", f"{tmp_path}/registry.json", "--out", f"{tmp_path}/x.json")
+    assert "holds no record" in said(capsys, *arguments)
+    monkeypatch.setattr("sophiavl_fast.evaluate.command.open_eval", lambda *_: [])
+    assert "dataset 'mine' holds no record to answer" in said(capsys, *arguments)
+    assert not (tmp_path / "x.json").exists()

@@ -222,3 +222,13 @@ def test_sampling_ahead_is_corrected_unless_the_file_says_how(tmp_path):
 def test_an_unquoted_off_means_off(tmp_path):
     c = config.load(write(tmp_path, GOOD + "trust: {mode: off}\n"), ["thinking.backend=off"])
     assert (c.trust.mode, c.thinking.backend) == ("off", "off")
+
+
+def test_a_place_where_no_export_can_be_made(tmp_path):
+    """run.export is written after the last step: hours of work must not end there."""
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below", "file/far/below"):
+        with pytest.raises(UserError, match=rf"run.export = '{tmp_path}/{place}' cannot be made: '{tmp_path}/file' is a file"):
+            config_checks.check_start(config.build({"run": {"export": f"{tmp_path}/{place}"}}, "test"), {})
+    config_checks.check_start(config.build({"run": {"export": f"{tmp_path}/new/folder"}}, "test"), {})
+    assert not (tmp_path / "new").exists()

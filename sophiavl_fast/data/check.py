@@ -149,10 +149,16 @@ def _percentiles(values: Sequence[float], form: str = ".0f") -> str:
     return ", ".join(f"{name} {value:{form}}" for name, value in zip(names, np.percentile(values, list(names.values())), strict=True))
 
 
-def command(name: str, *, registry: str | Path = "", model: str = "", templates: str = "sophia") -> int:
-    """`data check NAME`: print the summary; the exit code is 2 where a record is bad."""
+def command(name: str, *, registry: str | Path = "", model: str = "", templates: str = "sophia", min_pixels: int | None = None,
+            max_pixels: int | None = None) -> int:
+    """`data check NAME`: print the summary; the exit code is 2 where a record is bad. Raises UserError: no such dataset or model, pixel limits without
+    a model or the wrong way round."""
+    if not model and (min_pixels, max_pixels) != (None, None):
+        raise UserError("--min-pixels and --max-pixels change how many tokens an image takes, which is counted with --model only: name the model's folder")
+    if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+        raise UserError(f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}")
     dataset = Dataset.open(name, registry, template=templates)
-    processor = Processor(model) if model else None
+    processor = Processor(model, min_pixels=min_pixels, max_pixels=max_pixels) if model else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=len(dataset))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sophiavl_fast import config as tree
-from sophiavl_fast import model_folder
+from sophiavl_fast import config_ranges, model_folder
 from sophiavl_fast.data import open_eval
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
@@ -24,16 +24,22 @@ from sophiavl_fast.types import Group, Prompt
 
 def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "vllm", templates: str = "sophia",
              max_new_tokens: int = 1024, dtype: str = "bfloat16", limit: int | None = None) -> int:
-    """Answer `data` greedily with `model`, write metrics and every answer to `out` as JSON; returns the exit code."""
+    """Answer `data` greedily with `model`, write metrics and every answer to `out` as JSON; returns the exit code.
+
+    Raises UserError: a number out of range, an unreadable model or dataset, nothing to answer.
+    """
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out '{out}': " + ("is a folder; name a file" if out.is_dir() else f"folder '{out.parent}' does not exist"))
     config = tree.build({"model": {"path": model, "dtype": dtype}, "data": {"registry": registry, "eval": data, "templates": templates},
                          "rollout": {"engine": "inline", "max_new_tokens": max_new_tokens}, "eval": {"limit": limit}}, "evaluate")
+    config_ranges.check(config.model_dump())
     model_folder.refuse_unreadable(model)
     processor = Processor(model)
     with Progress(config, "evaluate", steps=0) as progress:
         with progress.phase("data"):
             prompts = open_eval(config, processor)
+        if not prompts:
+            raise UserError(f"dataset '{data}' holds no record to answer; `data check {data}` tells what is in it")
         with progress.phase(engine):
             answer = transformers_engine.answer if engine == "transformers" else _vllm
             groups = answer(config, processor, prompts)

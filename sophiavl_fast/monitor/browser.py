@@ -3,21 +3,19 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from sophiavl_fast.monitor import jsonl
-from sophiavl_fast.monitor.groups import GroupIndex
+from sophiavl_fast.monitor.groups import NUMBERS, GroupIndex
 
 SIDE = 512             # pixels of an embedded picture's longer side
 SMALL = 256            # a picture up to this side is kept as it is, lossless
 PICTURES_LIMIT = 9 << 20   # bytes of all embedded pictures, base64 included
 TEXT_LIMIT = 12_000    # characters of a text
-NUMBERS = ("outcome", "thinking", "total", "gamma", "trust_weight", "advantage", "response_tokens", "weight_version")
-PARTS = re.compile(r"\s*<think>(?P<thinking>.*?)</think>(?P<between>.*?)<answer>(?P<answer>.*?)</answer>(?P<rest>.*)", re.DOTALL)
+THINK, THINK_END, ANSWER, ANSWER_END = "<think>", "</think>", "<answer>", "</answer>"
 
 
 class Pictures:
@@ -77,12 +75,22 @@ def groups_of(path: Path, chosen: list[GroupIndex], pictures: Pictures, threshol
 
 def _response(record: dict[str, Any], threshold: float) -> dict[str, Any]:
     text, outcome = record.get("response") or "", record.get("outcome")
-    parts = PARTS.fullmatch(text)
-    told = {"thinking_text": _clip(parts["thinking"].strip()), "answer": _clip(parts["answer"].strip())} if parts else {"raw": _clip(text)}
+    parts = _split(text)
+    told = {"thinking_text": _clip(parts[0].strip()), "answer": _clip(parts[1].strip())} if parts else {"raw": _clip(text)}
     return told | {key: record.get(key) for key in NUMBERS} | {
         "correct": None if outcome is None else outcome >= threshold, "sound": record.get("sound"), "format_ok": record.get("format_ok"),
         "truncated": record.get("finish_reason") == "length", "because": record.get("unscored_because"),
     }
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """(thinking, answer) of a response in the format, None of another. Plain search: a regular expression with open gaps takes minutes on a response of
+    nothing but tags."""
+    body = text.lstrip()
+    thinking, closed, rest = body.removeprefix(THINK).partition(THINK_END)
+    _, opened, rest = rest.partition(ANSWER)
+    answer, ended, _ = rest.partition(ANSWER_END)
+    return (thinking, answer) if body.startswith(THINK) and closed and opened and ended else None
 
 
 def _clip(text: Any) -> str:

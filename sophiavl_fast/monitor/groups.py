@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sophiavl_fast.errors import UserError
 from sophiavl_fast.monitor import jsonl
+
+NUMBERS = ("outcome", "thinking", "total", "gamma", "trust_weight", "advantage", "response_tokens", "weight_version")
 
 
 @dataclass(slots=True)
@@ -26,9 +29,11 @@ class GroupIndex:
 
 
 def index(path: Path) -> list[GroupIndex]:
-    """Every group of samples.jsonl in the order of the file; [] where there is no such file."""
+    """Every group of samples.jsonl in the order of the file; [] where there is no such file. Raises UserError, naming the line, for a damaged one."""
     found: dict[tuple[Any, ...], GroupIndex] = {}
-    for start, _, record in jsonl.scan(path) if path.exists() else ():
+    for number, (start, _, record) in enumerate(jsonl.scan(path) if path.exists() else (), 1):
+        if wrong := _wrong(record):
+            raise UserError(f"{path}: line {number}: {wrong}")
         group = found.setdefault((record["step"], record.get("group"), record["id"]), GroupIndex(record["step"]))
         group.starts.append(start)
         if record.get("outcome") is not None:
@@ -37,6 +42,18 @@ def index(path: Path) -> list[GroupIndex]:
             group.gammas.append(record["gamma"])
         group.scored += record.get("thinking") is not None
     return list(found.values())
+
+
+def _wrong(record: dict[str, Any]) -> str:
+    """What a sample lacks of all that the report reads, or holds of another kind; "" where nothing is amiss."""
+    if "id" not in record:
+        return "no id"
+    images = record.get("images") or []
+    fits = {"id": isinstance(record["id"], (str, int)), "group": isinstance(record.get("group"), (int, str, type(None))),
+            "response": isinstance(record.get("response"), (str, type(None))), "images": isinstance(images, list) and all(isinstance(i, str) for i in images),
+            **{key: jsonl.is_number(record.get(key)) for key in NUMBERS}}
+    words = {"id": "a name or number", "group": "a name or number", "response": "a text", "images": "a list of paths"}
+    return next((f"{key} = {jsonl.shown(record[key])}: expected {words.get(key, 'a number or null')}" for key, fit in fits.items() if not fit), "")
 
 
 def spread(groups: list[GroupIndex], responses: int) -> list[GroupIndex]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,21 @@ def line(record: dict[str, Any]) -> str:
     return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def shown(value: Any) -> str:
+    """A value of a record as an error names it: on one line, and short."""
+    text = " ".join(json.dumps(value).split())
+    return text if len(text) <= 60 else f"{text[:60]} …"
+
+
+def is_number(value: Any) -> bool:
+    """A finite number, or null for one that could not be had; booleans count as 0 and 1."""
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max)
+
+
 def scan(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (first byte, end, record) of every whole line; a last line torn by a kill is left out.
 
-    Streams, so that a file may be larger than memory. Raises UserError for a broken line that is not the last.
+    Streams, so that a file may be larger than memory. Raises UserError for a broken line that is not the last, and for a record without its step.
     """
     with path.open("rb") as file:
         start, broken = 0, 0
@@ -45,6 +57,8 @@ def scan(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             record = _parse(raw)
             if record is None:
                 broken = number
+            elif type(record.get("step")) is not int:
+                raise UserError(f"{path}: line {number}: " + (f"step = {shown(record['step'])}: expected a whole number" if "step" in record else "no step"))
             else:
                 yield start, start + len(raw), record
             start += len(raw)
@@ -85,7 +99,11 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     if not raw.endswith(b"\n"):
         return None
     try:
-        record = json.loads(raw)
-    except ValueError:
+        record = json.loads(raw, parse_constant=_refuse)
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not strict JSON")

@@ -29,11 +29,18 @@ RESPONSES = 400  # responses in the sample browser
 def write_report(run_dir: str | Path) -> Path:
     """Write `run_dir/report.html` from the run's own files and return its path.
 
-    Works on a finished, an interrupted or a running run. Raises UserError where there is no run, or no step of it yet.
+    Works on a finished, an interrupted or a running run. Raises UserError where there is no run, or no step of it yet, and for a damaged file, naming the line.
     """
     run_dir = Path(run_dir)
-    metrics, config_text = _read(run_dir)
-    config = yaml.safe_load(config_text) or {}
+    try:
+        return _write(run_dir)
+    except OSError as error:  # no permission, a folder in a file's place, a full disk
+        raise UserError(f"run folder '{run_dir}': '{error.filename or 'report.html'}': {error.strerror}") from None
+
+
+def _write(run_dir: Path) -> Path:
+    metrics = _metrics(run_dir)
+    config_text, config = _config(run_dir / "config.yaml")
     threshold = _of(config, "trust.threshold", 0.5)
     samples = run_dir / "samples.jsonl"
     every = groups.index(samples)
@@ -53,14 +60,37 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def _read(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not run_dir.is_dir():
         raise UserError(f"run folder '{run_dir}' does not exist")
-    metrics = jsonl.read(run_dir / "metrics.jsonl")
+    path = run_dir / "metrics.jsonl"
+    metrics = jsonl.read(path)
     if not metrics:
-        raise UserError(f"run folder '{run_dir}' holds no step yet: metrics.jsonl is {'empty' if (run_dir / 'metrics.jsonl').exists() else 'missing'}")
-    config = run_dir / "config.yaml"
-    return metrics, config.read_text(encoding="utf-8") if config.exists() else ""
+        raise UserError(f"run folder '{run_dir}' holds no step yet: metrics.jsonl is {'empty' if path.exists() else 'missing'}")
+    for number, record in enumerate(metrics, 1):
+        for key, value in record.items():
+            if not jsonl.is_number(value):
+                raise UserError(f"{path}: line {number}: {key} = {jsonl.shown(value)}: expected a number or null")
+    return metrics
+
+
+def _config(path: Path) -> tuple[str, dict[str, Any]]:
+    """config.yaml as text and as a tree, both empty where there is none."""
+    if not path.exists():
+        return "", {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no UTF-8, dates that there are not
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}: line {mark.line + 1}" if mark else f"{path}"
+        raise UserError(f"{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a mapping, not {type(config).__name__}")
+    for key in ("trust.threshold", "run.steps"):
+        if not jsonl.is_number(value := _of(config, key)):
+            raise UserError(f"{path}: {key} = {value!r}: expected a number")
+    return text, config
 
 
 def _environment() -> jinja2.Environment:

@@ -9,6 +9,7 @@ checkpoint is written beside its place, flushed to disk and renamed: what bears 
 """
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -116,6 +117,22 @@ def newest(run_dir: str | Path) -> Path | None:
     """The complete checkpoint with the highest step, None where there is none."""
     found = [(step, path) for path in (Path(run_dir) / "checkpoints").glob("*step_*") if (step := _step(path)) is not None]
     return max(found)[1] if found else None
+
+
+def set_aside(run_dir: str | Path, step: int) -> list[Path]:
+    """Rename RUN/checkpoints/step_N of every N beyond `step` to abandoned_step_N, so that none of them is taken for the newest; returns their new places.
+
+    For a run that was told to go on from an earlier one: they are of the course that it left. Nothing is deleted.
+    """
+    moved = []
+    for at, path in sorted((at, path) for path in (Path(run_dir) / "checkpoints").glob("*step_*") if (at := _step(path)) is not None and at > step):
+        places = (path.with_name(f"abandoned_step_{at}{suffix}") for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+        target = next(place for place in places if not place.exists())
+        path.rename(target)
+        moved.append(target)
+    if moved:
+        _sync(moved[0].parent)
+    return moved
 
 
 def read_state(path: str | Path) -> dict[str, Any]:

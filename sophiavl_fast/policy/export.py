@@ -20,7 +20,8 @@ def export(policy: Policy, out: Path) -> Path:
     """Write `out` so that AutoModelForImageTextToText.from_pretrained(out) loads it; an older folder there is replaced.
 
     Every rank iterates the weights, the first one writes them: shards of at most 4 GiB under the published names,
-    in the policy's dtype, beside copies of all of model.path's small files. The folder appears whole or not at all.
+    in the policy's dtype, beside copies of all of model.path's small files; the processor's name the run's pixel limits,
+    so that whoever loads the folder sees pictures of the sizes that were trained on. It appears whole or not at all.
     """
     writer = _Writer(out) if torch.distributed.get_rank() == 0 else None
     for name, tensor in policy.weights():
@@ -28,6 +29,7 @@ def export(policy: Policy, out: Path) -> Path:
             writer.add(name, tensor)
     if writer is not None:
         _copy_files(policy.family.folder, writer.folder, str(policy.model.config.params_dtype).removeprefix("torch."))
+        _limit_pixels(policy.family.folder, writer.folder, policy.config.model.min_pixels, policy.config.model.max_pixels)
         writer.finish()
     policy.layout.wait("export")
     return out
@@ -82,3 +84,21 @@ def _copy_files(source: Path, target: Path, dtype: str) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _limit_pixels(source: Path, target: Path, low: int | None, high: int | None) -> None:
+    """Write the limits where transformers reads them, with the source's own for one that is None; a family that cuts tiles has none and stays as it is."""
+    places = [(target / "preprocessor_config.json", ""), (target / "processor_config.json", "image_processor")]  # the latter counts where it names them
+    trees = [(file, tree, tree.get(key) if key else tree) for file, key in places if file.is_file() and isinstance(tree := json.loads(file.read_text()), dict)]
+    if (low is None and high is None) or not trees:
+        return
+    from transformers import AutoProcessor
+
+    kept = dict(AutoProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False).image_processor.size)
+    if kept.get("shortest_edge") is None:
+        return
+    low, high = low or kept["shortest_edge"], high or kept["longest_edge"]
+    for file, tree, images in trees:
+        if isinstance(images, dict):
+            images |= {"size": {"shortest_edge": low, "longest_edge": high}, "min_pixels": low, "max_pixels": high}  # older readers prefer the latter
+            file.write_text(json.dumps(tree, indent=2) + "\n")

@@ -5,19 +5,24 @@ import json
 from pathlib import Path
 
 from sophiavl_fast import config as tree
-from sophiavl_fast import model_folder
+from sophiavl_fast import config_checks, model_folder
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import Policy, checkpoint
 from sophiavl_fast.recipes import setup
 
 
 def export(folder: Path, out: Path) -> int:
-    """Rebuild the policy that the checkpoint describes, load it and write `out`; returns the exit code."""
+    """Rebuild the policy that the checkpoint describes, load it and write `out`; returns the exit code.
+
+    On whatever device there is: the run's may be of another machine. Raises UserError: `out` is taken or cannot be made, no usable checkpoint or model.
+    """
+    out = out.absolute()  # "." has no name
+    config_checks.refuse_no_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' exists and is not an empty folder")
     state = setup.read_state(folder)
     config = tree.build(state["config"], str(folder))
-    config.parallel = tree.Parallel()
+    config.parallel, config.device = tree.Parallel(), "auto"
     model_folder.refuse_unreadable(config.model.path)
     checkpoint.refuse_unusable(folder, config)
     policy = Policy.create(config, reference=False, total_steps=1)

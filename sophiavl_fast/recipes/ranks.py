@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from sophiavl_fast.config import Config
 from sophiavl_fast.monitor import Progress, RunLog
 from sophiavl_fast.monitor.progress import Timer
-from sophiavl_fast.policy import Policy
+from sophiavl_fast.policy import Policy, checkpoint
 from sophiavl_fast.rollout import RolloutEngine
 from sophiavl_fast.types import Group, Prompt, Scores, WeightSource
 
@@ -131,8 +132,14 @@ class NoLog:
 
 
 def open_log(run_dir: Path, config: Config, resume_step: int | None) -> RunLog | NoLog:
-    """The run's log: one rank writes it."""
-    return RunLog(run_dir, config, resume_step=resume_step) if os.environ.get("RANK", "0") == "0" else NoLog()
+    """The run's log: one rank writes it. What lies beyond the step that the run goes on from is cut from the log, and later checkpoints are set aside:
+    run.resume=auto would take them up after a kill, with the log of another course."""
+    if os.environ.get("RANK", "0") != "0":
+        return NoLog()
+    if resume_step is not None and (moved := checkpoint.set_aside(run_dir, resume_step)):  # before the log is cut: a kill in between finds both in step
+        print(f"sophiavl-fast: going on from step {resume_step}: later checkpoints of '{run_dir}' are set aside as {', '.join(p.name for p in moved)}; "
+              "delete them, or name one in run.resume", file=sys.stderr, flush=True)
+    return RunLog(run_dir, config, resume_step=resume_step)
 
 
 def engine_metrics(sent: dict[str, float], counters: list[dict[str, float]]) -> dict[str, float]:

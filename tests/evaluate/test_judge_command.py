@@ -1,4 +1,5 @@
 """reward evaluate against real HTTP judges: labels and pairs, in both orders."""
+import itertools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from PIL import Image
 from sophiavl_fast.cli import main
 from sophiavl_fast.data.images import open_image
 from sophiavl_fast.errors import UserError
+from sophiavl_fast.evaluate.judge import pairs
 from sophiavl_fast.evaluate.judge.command import evaluate
 from sophiavl_fast.evaluate.judge.pairs import choice
 from sophiavl_fast.rewards.model.panel import Asking, JudgeSpec
@@ -120,6 +122,14 @@ def test_choices(text, value):
 @pytest.mark.parametrize("text", ["", "0.2", "1.0", "0.1", "12", "<answer>1 or 2</answer>", "<answer>3</answer>", "first"])
 def test_no_choice(text):
     assert math.isnan(choice(text).value)
+
+
+def test_the_last_complete_block_is_found_in_linear_time():
+    tagged = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+    for pieces in itertools.product(("<answer>", "</answer>", "1", " 2", "\n"), repeat=6):
+        found = tagged.findall(text := "".join(pieces))
+        assert pairs._last_block(text) == (found[-1] if found else None), text
+    assert choice("<answer>" * 200_000 + "2").value == 1.0  # it simply has to come back
 
 
 @pytest.mark.parametrize("change,expected", [

@@ -139,3 +139,11 @@ def test_a_logger_that_is_not_installed_is_one_clear_line(tmp_path, name, monkey
     with pytest.raises(UserError, match=f"monitor.{name}: true, but {name} cannot be imported") as error:
         RunLog(tmp_path, Config(monitor=Monitor(tensorboard=False, **{name: True})), None)
     assert "\n" not in str(error.value)
+
+
+def test_a_record_without_its_step_is_named_when_a_run_is_resumed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"loss": 2.0}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2: no step"):
+        jsonl.cut(path, 1)
+    assert path.read_text().count("\n") == 2

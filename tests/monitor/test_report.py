@@ -1,5 +1,6 @@
 """report.html: its numbers are the run's, nothing a model wrote becomes markup, and it needs nothing but itself."""
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -141,6 +142,50 @@ def test_no_run_is_a_user_error(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("file,number,change,words", [
+    ("metrics.jsonl", 2, lambda row: row.pop("step"), "no step"),
+    ("metrics.jsonl", 2, lambda row: row.update(step="2"), 'step = "2": expected a whole number'),
+    ("metrics.jsonl", 3, lambda row: row.update(loss="low"), 'loss = "low": expected a number or null'),
+    ("metrics.jsonl", 3, lambda row: row.update({"time/step_s": [1]}), "time/step_s = [1]: expected a number"),
+    ("metrics.jsonl", 1, lambda row: row.update(loss=math.nan), "is not a JSON object"),
+    ("samples.jsonl", 5, lambda row: row.pop("step"), "no step"),
+    ("samples.jsonl", 5, lambda row: row.pop("id"), "no id"),
+    ("samples.jsonl", 5, lambda row: row.update(id=["a"]), 'id = ["a"]: expected a name'),
+    ("samples.jsonl", 5, lambda row: row.update(group={}), "group = {}: expected a name or number"),
+    ("samples.jsonl", 6, lambda row: row.update(gamma="high"), 'gamma = "high": expected a number or null'),
+    ("samples.jsonl", 6, lambda row: row.update(response=7), "response = 7: expected a text"),
+    ("samples.jsonl", 6, lambda row: row.update(images="a.png"), 'images = "a.png": expected a list of paths'),
+    ("samples.jsonl", 6, lambda row: row.update(images=[1]), "images = [1]: expected a list of paths"),
+])
+def test_a_damaged_log_is_named_with_its_line(tmp_path, file, number, change, words):
+    path = make_run(tmp_path / "run") / file
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows[number - 1])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=re.escape(f"{path}: line {number}") + ".*" + re.escape(words)):
+        write_report(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content,words", [
+    (b"run: {steps: 3\nmodel: [", "config.yaml: line 2 is not YAML"), (b"a: \xff", "config.yaml is not YAML"), (b"- 1\n", "must hold a mapping, not list"),
+    (b"run: {steps: many}", "run.steps = 'many': expected a number"), (b"trust: {threshold: [1]}", "trust.threshold = [1]: expected a number")])
+def test_a_damaged_config_is_named(tmp_path, content, words):
+    (make_run(tmp_path / "run") / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        write_report(tmp_path / "run")
+
+
+def test_files_that_cannot_be_read_or_written_are_one_line(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"run folder '.*run': .*report.html.*: Is a directory"):
+        write_report(run_dir)
+    (run_dir / "samples.jsonl").unlink()
+    (run_dir / "samples.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"run folder '.*run': '.*samples.jsonl': Is a directory"):
+        write_report(run_dir)
+
+
 def test_gamma_over_mixed_groups(tmp_path):
     rows = []
     for g, (outcomes, gamma) in enumerate([((0, 1), 1.0), ((0, 1), 0.74), ((1, 0), 0.4), ((1, 1), 1.0), ((0, 0), 1.0), ((0.4, 0.6), 0.95)]):
@@ -180,6 +225,23 @@ def test_a_response_out_of_format_is_shown_whole():
     assert told["raw"] == "just 7" and "answer" not in told
     told = browser._response(sample(1, 0, 1), 0.5)
     assert (told["thinking_text"], told["answer"], told["correct"]) == ("I count 1.", "1", True)
+
+
+REGULAR = re.compile(r"\s*<think>(?P<thinking>.*?)</think>(?P<between>.*?)<answer>(?P<answer>.*?)</answer>(?P<rest>.*)", re.DOTALL)
+
+
+def test_a_response_is_split_as_the_regular_expression_says():
+    """Every sequence of five of these pieces."""
+    for pieces in itertools.product(("<think>", "</think>", "<answer>", "</answer>", " \n\x1f", "a <"), repeat=5):
+        for text in ("".join(pieces), "<think>" + "".join(pieces)):
+            expected = REGULAR.fullmatch(text)
+            assert browser._split(text) == (expected and (expected["thinking"], expected["answer"])), text
+
+
+@pytest.mark.parametrize("text", ["<think>" + "</think><answer>" * 20_000, "<think>" * 20_000, " " * 20_000 + "<think>" + "</think>" * 20_000,
+                                  "<think></think>" + "<answer>" * 20_000 + "</answer"], ids=["both", "opened", "closed", "answers"])
+def test_a_response_of_nothing_but_tags_is_split_in_no_time(text):
+    assert "raw" in browser._response(sample(1, 0, 0, response=text), 0.5)  # it simply has to come back
 
 
 def test_every_number_has_a_curve_once():

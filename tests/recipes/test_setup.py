@@ -10,7 +10,7 @@ from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
 from sophiavl_fast.policy.families import open_family
-from sophiavl_fast.recipes import setup
+from sophiavl_fast.recipes import ranks, setup
 from sophiavl_fast.types import Group, Prompt, Response
 
 
@@ -79,6 +79,27 @@ def test_the_checkpoint_to_go_on_from_is_looked_at_before_anything_is_loaded(mod
     foreign = checkpoint_of(model, tmp_path, 3, seed=None, config=None)
     with pytest.raises(UserError, match=rf"checkpoint '{foreign}' was not written by `train`: its state lacks seed, config"):
         go()
+
+
+def test_checkpoints_beyond_the_one_to_go_on_from_are_set_aside(model, tmp_path, capsys):
+    """As after run.resume=.../step_1 while later ones lie there: a kill then, and run.resume=auto must not take up the course that was left."""
+    here = {"run": {"dir": str(tmp_path), "seed": 3}, "model": {"path": str(model)}, "monitor": {"tensorboard": False}}
+    for step in (1, 2, 3):
+        checkpoint_of(model, tmp_path, step)
+    (tmp_path / "checkpoints" / ".step_4.replaced").mkdir()     # a save anew that was killed: complete too
+    shutil.copy(tmp_path / "checkpoints/step_3/manifest.json", tmp_path / "checkpoints/.step_4.replaced")
+    (tmp_path / "checkpoints" / "abandoned_step_3").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)))
+    found = setup.resume_point(conf(**here | {"run": {"dir": str(tmp_path), "seed": 3, "resume": str(tmp_path / "checkpoints/step_1")}}))
+    ranks.open_log(tmp_path, conf(**here), setup.read_state(found)["step"]).close()
+    said = capsys.readouterr().err
+    assert "going on from step 1" in said and "abandoned_step_2, abandoned_step_3-2, abandoned_step_4" in said and said.count("\n") == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert setup.resume_point(conf(**here)) == found
+    back = tmp_path / "checkpoints/abandoned_step_2"
+    assert setup.resume_point(conf(**here | {"run": {"dir": str(tmp_path), "seed": 3, "resume": str(back)}})) == back
+    ranks.open_log(tmp_path, conf(**here), 1).close()
+    assert not capsys.readouterr().err
 
 
 def test_what_cannot_be_read_is_refused_before_anything_is_loaded(model, tmp_path):

@@ -31,7 +31,7 @@ from sophiavl_fast.rewards.thinking.chat import image_part
 from sophiavl_fast.rewards.thinking.parse import Score
 
 PROMPT = Path(__file__).with_name("pair_prompt.yaml")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_TAG = ("<answer>", "</answer>")
 _CHOICE = re.compile(r"(?<![\w.])[12](?![\w.]*\d)(?!\w)")
 PROBES = 3  # pairs that show whether the judge compares or scores
 
@@ -170,11 +170,19 @@ class Scoring(Comparing):
 
 def choice(text: str) -> Score:
     """0.0 for a reply that chooses response 1, 1.0 for 2, NaN where it does neither: the last answer block, else the last 1 or 2 of the text."""
-    tagged = _TAGGED.findall(text)
-    found = _CHOICE.findall(tagged[-1] if tagged else text)
-    if not found or (tagged and len(set(found)) > 1):
+    tagged = _last_block(text)
+    found = _CHOICE.findall(text if tagged is None else tagged)
+    if not found or (tagged is not None and len(set(found)) > 1):
         return Score(math.nan, f"judge's reply: neither 1 nor 2 in '{' '.join(text.split())[:60]}'")
     return Score(float(found[-1] == "2"))
+
+
+def _last_block(text: str) -> str | None:
+    """What stands in the last complete answer block. Plain search: a regular expression is quadratic in blocks that are not closed."""
+    found, at = None, 0
+    while (start := text.find(_TAG[0], at)) >= 0 and (end := text.find(_TAG[1], start)) >= 0:
+        found, at = text[start + len(_TAG[0]):end], end + len(_TAG[1])
+    return found
 
 
 def _encoded(path: str, source: Path, open_image: Callable[[str], Any], images: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sophiavl_fast.data import images, templates
+from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.data.records import open_rows
 from sophiavl_fast.data.registry import Entry, find
@@ -38,10 +39,10 @@ class Example:
 
 
 class Dataset:
-    """Rows of one registry entry with their template. Reads are thread-safe."""
+    """Rows of one registry entry with their template; `limits`: what the run asks of each. Reads are thread-safe."""
 
-    def __init__(self, entry: Entry, *, template: str = "sophia") -> None:
-        self.entry, self.name = entry, entry.name
+    def __init__(self, entry: Entry, *, template: str = "sophia", limits: Limits = Limits()) -> None:
+        self.entry, self.name, self.limits = entry, entry.name, limits
         if entry.problem_type:
             try:
                 problem_type(entry.problem_type)
@@ -54,9 +55,9 @@ class Dataset:
             raise UserError(f"data file '{entry.file_path}' holds no record")
 
     @classmethod
-    def open(cls, name: str, registry: str | Path = "", *, template: str = "sophia") -> Dataset:
+    def open(cls, name: str, registry: str | Path = "", *, template: str = "sophia", limits: Limits = Limits()) -> Dataset:
         """By name, in a registry file beside the packaged entries. Raises UserError."""
-        return cls(find(name, registry), template=template)
+        return cls(find(name, registry), template=template, limits=limits)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -73,17 +74,19 @@ class Dataset:
         try:
             if index in self._repeats:
                 raise UserError(f"problem_id {self._id(self._rows.row(index), index)} is that of {self._rows.where(self._repeats[index])} too")
-            return self._example(index)
+            example = self._example(index)
+            self.limits.refuse(example)
+            return example
         except UserError as error:
             raise BadRecord(f"{self._rows.where(index)}: {error}") from None
 
     def prompt(self, index: int, processor: Processor, max_tokens: int | None = None) -> Prompt:
-        """The record ready for both engines. Raises BadRecord, also where it is longer than `max_tokens`."""
+        """The record ready for both engines. Raises BadRecord, also where it is longer than `max_tokens` or the limits."""
         example = self.example(index)
         try:
             decoded = [images.decode(i) for i in example.images]
             text, token_ids, expanded, resized, pixels, grid = processor.prepare(self._messages(example), decoded)
-            _refuse_long(len(expanded), max_tokens)
+            self._refuse_long(len(expanded), max_tokens)
         except UserError as error:
             raise BadRecord(f"{example.where}: {error}") from None
         return Prompt(
@@ -96,13 +99,18 @@ class Dataset:
     def length(self, example: Example, processor: Processor, max_tokens: int | None = None, *, sizes: Sequence[tuple[int, int]] | None = None) -> int:
         """Prompt tokens, image tokens included, from image headers alone (or `sizes`, (height, width) each, where they were read already).
 
-        Raises UserError above `max_tokens`: a prompt is never cut.
+        Raises UserError above `max_tokens` or the limits: a prompt is never cut.
         """
         sizes = [images.size(i) for i in example.images] if sizes is None else sizes
         _, token_ids = processor.tokenize(self._messages(example), len(example.images))
         length = processor.expanded_length(token_ids, sizes)
-        _refuse_long(length, max_tokens)
+        self._refuse_long(length, max_tokens)
         return length
+
+    def _refuse_long(self, length: int, max_tokens: int | None) -> None:
+        if max_tokens is not None and length > max_tokens:
+            raise UserError(f"the prompt has {length} tokens, more than data.max_prompt_tokens = {max_tokens}")
+        self.limits.refuse_long(length)
 
     def _messages(self, example: Example) -> list[dict[str, Any]]:
         return self.template.messages(example.problem, problem_type=example.problem_type, options=example.options, images=len(example.images))
@@ -150,11 +158,6 @@ def problem_type(name: Any) -> str:
     if found is None:
         raise UserError(f"unknown problem_type '{name}'{nearest(name.casefold(), templates.TYPES)}")
     return found
-
-
-def _refuse_long(length: int, max_tokens: int | None) -> None:
-    if max_tokens is not None and length > max_tokens:
-        raise UserError(f"the prompt has {length} tokens, more than data.max_prompt_tokens = {max_tokens}")
 
 
 def _gold(value: Any, column: str) -> str:

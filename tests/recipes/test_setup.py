@@ -81,6 +81,12 @@ def test_the_checkpoint_to_go_on_from_is_looked_at_before_anything_is_loaded(mod
         go()
 
 
+def test_the_steps_left(model, tmp_path):
+    found = checkpoint_of(model, tmp_path, 5)
+    assert [setup.steps_left(conf(run={"steps": steps}), found) for steps in (4, 5, 7)] == [0, 0, 2]
+    assert setup.steps_left(conf(run={"steps": 4}), None) == 4
+
+
 def test_what_cannot_be_read_is_refused_before_anything_is_loaded(model, tmp_path):
     good = {"model": {"path": str(model)}, "thinking": {"backend": "off"}}
     setup.refuse_unreadable(conf(**good))

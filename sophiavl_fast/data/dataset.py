@@ -1,6 +1,7 @@
 """A registered dataset: rows on disk -> checked examples -> prompts."""
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from sophiavl_fast.data.registry import Entry, find
 from sophiavl_fast.errors import UserError, nearest
 from sophiavl_fast.types import Prompt
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<\s*/?\s*answer\s*>", re.IGNORECASE)
 _SPELLINGS = {"multiplechoice": "multiple_choice", "freeform": "free_form", "caption": "free_form"} | {t.replace("_", ""): t for t in templates.TYPES}
 
 
@@ -117,7 +119,11 @@ class Dataset:
 
     def _example(self, index: int) -> Example:
         row, entry = self._rows.row(index), self.entry
-        value = {role: row.get(column) for role, column in entry.columns.items()}
+        for role in ("prompt", "answer"):
+            if entry.columns[role] not in row:
+                raise UserError(f"no column '{entry.columns[role]}', the record's {'question' if role == 'prompt' else 'solution'}"
+                                f"{nearest(entry.columns[role], row)}")
+        value = {role: _present(row.get(column)) for role, column in entry.columns.items()}
         problem = _text(value["prompt"], entry.columns["prompt"])
         if not problem.strip():
             raise UserError(f"empty question ('{entry.columns['prompt']}')")
@@ -130,14 +136,17 @@ class Dataset:
         record[entry.columns["images"]] = [i.path for i in found]
         if entry.reasoning_check:
             record.setdefault("reasoning_check", entry.reasoning_check)
+        kind, options = problem_type(value["problem_type"] or entry.problem_type), _options(value["options"], entry.columns["options"])
+        if kind == "multiple_choice" and len(options) > templates.MOST_OPTIONS:
+            raise UserError(f"'{entry.columns['options']}' holds {len(options)} options; letters name at most {templates.MOST_OPTIONS}")
         return Example(
             id=self._id(row, index), where=self._rows.where(index), problem=problem, gold=_gold(value["answer"], entry.columns["answer"]),
-            problem_type=problem_type(value["problem_type"] or entry.problem_type), options=_options(value["options"]),
+            problem_type=kind, options=options,
             process=_text(value["process"], entry.columns["process"]), images=found, record=record,
         )
 
     def _id(self, row: Mapping[str, Any], index: int) -> str:
-        given = row.get(self.entry.columns["problem_id"])
+        given = _present(row.get(self.entry.columns["problem_id"]))
         return f"#{index}" if given in (None, "") else str(given)
 
     def _repeated_ids(self) -> dict[int, int]:
@@ -145,7 +154,7 @@ class Dataset:
         first: dict[str, int] = {}
         repeats: dict[int, int] = {}
         for index, given in enumerate(self._rows.ids(self.entry.columns["problem_id"])):
-            if given not in (None, "") and (seen := first.setdefault(str(given), index)) != index:
+            if _present(given) not in (None, "") and (seen := first.setdefault(str(given), index)) != index:
                 repeats[index] = seen
         return repeats
 
@@ -163,24 +172,34 @@ def problem_type(name: Any) -> str:
 def _gold(value: Any, column: str) -> str:
     text = _text(value, column)
     match = _ANSWER.search(text)
-    gold = (match[1] if match else text).strip()
+    gold, around = (match[1].strip(), text[:match.start()] + text[match.end():]) if match else (text.strip(), "")
     if not gold:
         raise UserError(f"record without solution ('{column}' is {'missing' if value is None else 'empty'})")
+    if tag := _ANSWER_TAG.search(gold + around):
+        raise UserError(f"'{column}' holds a stray {tag[0]}: expected one <answer>..</answer>, or the answer without tags")
     return gold
 
 
-def _options(value: Any) -> list[str]:
+def _options(value: Any, column: str) -> list[str]:
     if value is None or value == "":
         return []
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"'options' must be a list, not {type(value).__name__}")
-    return [str(option) for option in value]
+        raise UserError(f"'{column}' must be a list, not {type(value).__name__}")
+    for place, option in enumerate(map(_present, value), 1):
+        if option is None:
+            raise UserError(f"option {place} of '{column}' is missing")
+    return [_text(option, f"{column}[{place}]") for place, option in enumerate(value)]
+
+
+def _present(value: Any) -> Any:
+    """The value, None for NaN: what a table holds where a number is missing."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(value: Any, column: str) -> str:
     if value is None:
         return ""
-    if isinstance(value, (str, int, float)):
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         text = str(value)
         try:
             text.encode()

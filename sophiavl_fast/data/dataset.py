@@ -51,7 +51,7 @@ class Dataset:
             except UserError as error:
                 raise UserError(f"registry '{entry.registry}', dataset '{entry.name}': {error}") from None
         self.template = templates.load(entry.template or template)
-        self._rows = open_rows(entry.file_path, entry.split)
+        self._rows = open_rows(entry.file_path, entry.split, entry.missing)
         self._repeats = self._repeated_ids()
         if not len(self._rows):
             raise UserError(f"data file '{entry.file_path}' holds no record")

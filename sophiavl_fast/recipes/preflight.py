@@ -47,9 +47,12 @@ def _refuse_taken_ports(config: Config) -> None:
     p, world = config.parallel, config_checks.world_size(environ) or 1
     here = int(environ.get("LOCAL_WORLD_SIZE", "1")) == world
     replicas = world // (p.tensor * p.pipeline * p.context) if here else 1
+    servers = rollout.engines * replicas
+    if rollout.port + servers > 1 << 16:
+        raise UserError(f"rollout.port = {rollout.port} is the first of {servers} servers' ports, which end at 65535; choose at most {(1 << 16) - servers}")
     # the server of a run that was killed just before may need its time to end
     deadline = time.monotonic() + (CLOSE_S if (Path(config.run.dir) / "rollout.log").exists() else 0.0)
-    for index in range(rollout.engines * replicas):
+    for index in range(servers):
         while True:
             try:
                 pick_port(rollout.port + index)

@@ -125,6 +125,8 @@ def test_a_port_that_is_taken(start, tmp_path, monkeypatch):
         for first, engines in ((port, 1), (port - 1, 2)):
             with pytest.raises(UserError, match=rf"rollout.port = {port} cannot be had on 127.0.0.1"):
                 start("rollout.engine=server", f"rollout.port={first}", f"rollout.engines={engines}")
+        with pytest.raises(UserError, match=r"rollout.port = 65535 is the first of 2 servers' ports, which end at 65535; choose at most 65534"):
+            start("rollout.engine=server", "rollout.port=65535", "rollout.engines=2")
         # the server of a run that was killed just before may still be ending
         (tmp_path / "run" / "rollout.log").write_text("")
         monkeypatch.setattr(time, "sleep", lambda _: taken.close())

@@ -35,6 +35,13 @@ def read(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def longest(path: str | Path) -> int:
+    """The longest sequence that config.json allows the language model. Raises UserError where it cannot be read."""
+    found = read(path)
+    text = found.get("text_config")
+    return int((found | text if isinstance(text, dict) else found).get("max_position_embeddings", 1 << 30))
+
+
 def open_config(path: str | Path) -> Any:
     """transformers' config of the folder; no code of the folder is run. Raises UserError, whatever it is that transformers refuses."""
     from transformers import AutoConfig

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+MAX_IMAGES = 16
+"""Images of a prompt, at most: rollout engines and served judges are started for so many."""
+
 
 def derive_seed(run_seed: int, *parts: Any) -> int:
     """A 31-bit seed from (run seed, step, prompt id, i, ...): the same for any order, batch size or restart."""

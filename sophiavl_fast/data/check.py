@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sophiavl_fast.config import Data
+from sophiavl_fast import model_folder
+from sophiavl_fast.config import Data, Rollout
 from sophiavl_fast.data import images
 from sophiavl_fast.data.dataset import BadRecord, Dataset
+from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
+from sophiavl_fast.types import MAX_IMAGES
 
 SAMPLE = 256
 """Records that data.check: sample reads of each dataset, evenly spaced."""
@@ -151,13 +154,19 @@ def _percentiles(values: Sequence[float], form: str = ".0f") -> str:
 
 def command(name: str, *, registry: str | Path = "", model: str = "", templates: str = "sophia", min_pixels: int | None = None,
             max_pixels: int | None = None) -> int:
-    """`data check NAME`: print the summary; the exit code is 2 where a record is bad. Raises UserError: no such dataset or model, pixel limits without
-    a model or the wrong way round."""
+    """`data check NAME`: print the summary; the exit code is 2 where a record is bad, or more than an RL run with the default lengths takes.
+
+    Raises UserError: no such dataset or model, pixel limits without a model or the wrong way round.
+    """
     if not model and (min_pixels, max_pixels) != (None, None):
         raise UserError("--min-pixels and --max-pixels change how many tokens an image takes, which is counted with --model only: name the model's folder")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise UserError(f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}")
-    dataset = Dataset.open(name, registry, template=templates)
+    limits = Limits(images=MAX_IMAGES)
+    if model:
+        limits = Limits(images=MAX_IMAGES, sequence=model_folder.longest(model), new_tokens=Rollout().max_new_tokens,
+                        advice="the model itself (max_position_embeddings)")
+    dataset = Dataset.open(name, registry, template=templates, limits=limits)
     processor = Processor(model, min_pixels=min_pixels, max_pixels=max_pixels) if model else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -5,6 +5,7 @@ cannot be used (data.on_error: skip) is replaced at its own position, so that th
 """
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import numpy as np
 from sophiavl_fast.config import Config
 from sophiavl_fast.data.check import check_before_training
 from sophiavl_fast.data.dataset import BadRecord, Dataset
+from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.order import Order, at
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
@@ -38,13 +40,14 @@ class Loader:
 
     @classmethod
     def open(cls, config: Config, processor: Processor, *, names: str | Mapping[str, float | Mapping[int, float]] | None = None,
-             seed: int | None = None) -> Loader:
+             seed: int | None = None, limits: Limits = Limits()) -> Loader:
         """Open and mix `names` (data.train): a comma-separated list joins sets, name -> weight (or its curriculum) draws from them.
 
-        The first rank checks the records by data.check. Raises UserError; BadRecord for a record that data.on_error refuses.
+        limits: what the recipe asks of every record beside data.max_prompt_tokens. The first rank checks the records by data.check.
+        Raises UserError; BadRecord for a record that data.on_error refuses.
         """
         chosen, weights = parse_mix(config.data.train if names is None else names)
-        datasets = [Dataset.open(n, config.data.registry, template=config.data.templates) for n in chosen]
+        datasets = [Dataset.open(n, config.data.registry, template=config.data.templates, limits=limits) for n in chosen]
         if os.environ.get("RANK", "0") == "0":
             check_before_training(datasets, processor, config.data)
         return cls(datasets, weights, processor, config, config.run.seed if seed is None else seed)
@@ -153,20 +156,22 @@ def _weight(name: str, weight: float | Mapping[int, float]) -> float | list[list
     return points
 
 
-def open_eval(config: Config, processor: Processor) -> list[Prompt]:
+def open_eval(config: Config, processor: Processor, *, limits: Limits = Limits()) -> list[Prompt]:
     """The prompts of data.eval, in the file's order; eval.limit takes that many evenly spaced ones, so that sorted files keep all types.
 
-    Raises UserError; BadRecord unless data.on_error is skip, which leaves such records out.
+    Raises UserError; BadRecord unless data.on_error is skip, which leaves such records out, with a warning of how many, and refuses a set without another.
     """
-    dataset = Dataset.open(config.data.eval, config.data.registry, template=config.data.templates)
+    dataset = Dataset.open(config.data.eval, config.data.registry, template=config.data.templates, limits=limits)
     count = min(len(dataset), config.eval.limit or len(dataset))
+    bad: list[str] = []
 
     def prepare(index: int) -> Prompt | None:
         try:
             return dataset.prompt(index, processor, config.data.max_prompt_tokens)
-        except BadRecord:
+        except BadRecord as error:
             if config.data.on_error == "refuse":
                 raise
+            bad.append(str(error))
             return None
 
     try:
@@ -174,4 +179,9 @@ def open_eval(config: Config, processor: Processor) -> list[Prompt]:
             found = list(pool.map(prepare, [i * len(dataset) // count for i in range(count)]))
     finally:
         dataset.close()
+    if len(bad) == count:
+        raise BadRecord(f"{min(bad)} (data.eval = {config.data.eval}: none of the {count} records asked for can be used)")
+    if bad and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s: %d of %d held-out records cannot be used and are left out; one of them: %s",
+                                            config.data.eval, len(bad), count, min(bad))
     return [p for p in found if p is not None]

@@ -54,8 +54,6 @@ class ParquetRows:
 def _files(path: Path, split: str) -> list[Path]:
     if path.is_file():
         return [path]
-    if not path.exists():
-        raise UserError(f"data file '{path}' does not exist")
     found = sorted(path.rglob("*.parquet"))
     if not found:
         raise UserError(f"data folder '{path}' holds no parquet file")

@@ -24,16 +24,19 @@ class Rows(Protocol):
     def close(self) -> None: ...
 
 
-def open_rows(path: Path, split: str = "") -> Rows:
-    """Rows of a .json, .jsonl or .parquet file, or of a folder of parquet files, where `split` chooses ("": train). Raises UserError."""
+def open_rows(path: Path, split: str = "", missing: str = "") -> Rows:
+    """Rows of a .json, .jsonl or .parquet file, or of a folder of parquet files, where `split` chooses ("": train). Raises UserError.
+
+    missing: what to say beside the name of a file that does not exist.
+    """
+    if not path.exists():
+        raise UserError(f"data file '{path}' does not exist{nearest(str(path), _beside(path))}{missing}")
     if split and not path.is_dir():
         raise UserError(f"split '@{split}': data file '{path}' is not a folder of parquet files")
     if path.is_dir() or path.suffix == ".parquet":
         from sophiavl_fast.data.parquet import ParquetRows
 
         return ParquetRows(path, split or "train")
-    if not path.is_file():
-        raise UserError(f"data file '{path}' does not exist{nearest(str(path), _beside(path))}")
     if path.suffix == ".jsonl":
         return JsonlRows(path)
     if path.suffix == ".json":

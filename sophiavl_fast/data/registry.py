@@ -3,7 +3,8 @@
     {"my_set": {"file_path": "my/records.jsonl", "image_base_path": "my/images",
                 "columns": {"question": "prompt", "label": "answer", "pictures": "images"}}}
 
-Relative paths start at the registry file's own folder. The packaged entries name the published sets; their paths start
+Relative paths start at the registry file's own folder; those of an entry whose file is not there but below the working directory, as SophiaVL-R1's own
+registry names its files, start at the working directory. The packaged entries name the published sets; their paths start
 at $SOPHIAVL_DATA, or at ./data where that is unset. A user's registry adds to the packaged one and overrides it by name.
 """
 from __future__ import annotations
@@ -30,9 +31,9 @@ ROLES = {
 class Entry:
     """One registered dataset, its paths absolute.
 
-    `name` is as asked for, split included; `columns` maps each role to the column that plays it. Beside the three keys of dataset_info.json an entry may hold
-    `template` (prompt template of this set alone), `problem_type` (type of records that name none) and `reasoning_check`
-    (name of the rule that judges reasoning in evaluation).
+    `name` is as asked for, split included; `columns` maps each role to the column that plays it; `missing`: what else to say of
+    a data file that does not exist. Beside the three keys of dataset_info.json an entry may hold `template` (prompt template of this set
+    alone), `problem_type` (type of records that name none) and `reasoning_check` (name of the rule that judges reasoning in evaluation).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Entry:
     problem_type: str = ""
     reasoning_check: str = ""
     registry: Path = PACKAGED
+    missing: str = ""
 
 
 KEYS = {"file_path", "image_base_path", "columns", "template", "problem_type", "reasoning_check"}
@@ -82,14 +84,25 @@ def _entry(name: str, split: str, raw: dict[str, Any], file: Path) -> Entry:
             raise UserError(f"{where}: '{key}' must be a string, not {raw[key]!r}")
     if not raw.get("file_path"):
         raise UserError(f"{where}: no 'file_path'")
-    folder = Path(os.environ.get("SOPHIAVL_DATA", "data")) if file == PACKAGED else file.parent
+    folder, missing = _start(raw["file_path"], file)
     template = raw.get("template", "")
     return Entry(
         name=name, split=split, registry=file, columns=_columns(raw.get("columns", {}), where),
         file_path=_absolute(folder, raw["file_path"]), image_base_path=_absolute(folder, raw.get("image_base_path", "")),
         template=str(_absolute(folder, template)) if template.endswith((".yaml", ".yml")) else template,
-        problem_type=raw.get("problem_type", ""), reasoning_check=raw.get("reasoning_check", ""),
+        problem_type=raw.get("problem_type", ""), reasoning_check=raw.get("reasoning_check", ""), missing=missing,
     )
+
+
+def _start(file_path: str, file: Path) -> tuple[Path, str]:
+    """Where an entry's relative paths start, and what to say if its file is not there."""
+    if file == PACKAGED:
+        folder = Path(os.environ.get("SOPHIAVL_DATA", "data"))
+        return folder, f" (download the set into '{folder.absolute()}', or set SOPHIAVL_DATA to the folder that holds it)"
+    here, there = _absolute(file.parent, file_path), _absolute(Path.cwd(), file_path)
+    if here == there or here.exists():
+        return file.parent, ""
+    return (Path.cwd(), "") if there.exists() else (file.parent, f" (not at '{there}' either)")
 
 
 def _absolute(folder: Path, path: str) -> Path:

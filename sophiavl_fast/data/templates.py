@@ -25,9 +25,10 @@ from sophiavl_fast.errors import UserError, nearest
 
 TYPES = ("numerical", "multiple_choice", "ocr", "free_form", "text")
 IMAGE = "<image>"
+MOST_OPTIONS = len(string.ascii_uppercase)
 PACKAGED = Path(__file__).with_name("templates")
 _KEYS = ("system", "question", "user", "suffix")
-_LETTERED = re.compile(r"\s*\(?[A-Z][.):]\s*\S")
+_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*\S")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ def load(name: str) -> Template:
 
 
 def lettered(options: Sequence[str]) -> list[str]:
-    """`A. first`, `B. second`, ...; options that carry their letters already stay as they are."""
-    if all(_LETTERED.match(option) for option in options):
+    """`A. first`, `B. second`, ...; options that carry their letters already, each its own place's, stay as they are. Raises UserError beyond Z."""
+    if len(options) > MOST_OPTIONS:
+        raise UserError(f"{len(options)} options; letters name at most {MOST_OPTIONS}")
+    found = [_LETTERED.match(option) for option in options]
+    if all(match and match[1] == letter for match, letter in zip(found, string.ascii_uppercase, strict=False)):
         return list(options)
     return [f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False)]

@@ -22,7 +22,7 @@ class TensorBoard:
     """Event files under `run_dir/tensorboard`; steps that a resumed run repeats are purged."""
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
-        module = _import("torch.utils.tensorboard", "tensorboard")
+        module = _import("tensorboard")
         first = 0 if resume_step is None else resume_step + 1
         self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first, flush_secs=10)
 
@@ -38,7 +38,7 @@ class Wandb:
     """One Weights & Biases run a folder. Our own step is the axis, for its history cannot go back when a run is resumed."""
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
-        module = _import("wandb", "wandb")
+        module = _import("wandb")
         self._run = module.init(project=PROJECT, name=run_dir.name, id=_run_id(run_dir), resume="allow", dir=str(run_dir), config=config.model_dump())
         self._run.define_metric("*", step_metric="step")
 
@@ -53,7 +53,7 @@ class Trackio:
     """One Trackio run a folder; steps that a resumed run repeats stand there twice, in metrics.jsonl never."""
 
     def __init__(self, run_dir: Path, config: Config, resume_step: int | None):
-        module = _import("trackio", "trackio")
+        module = _import("trackio")
         self._run = module.init(project=PROJECT, name=f"{run_dir.name}-{_run_id(run_dir)}", resume="allow", config=config.model_dump())
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -63,15 +63,24 @@ class Trackio:
         self._run.finish()
 
 
+KINDS: dict[str, type[TensorBoard] | type[Wandb] | type[Trackio]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+
+
 def open_loggers(run_dir: Path, config: Config, resume_step: int | None) -> list[Logger]:
     """The loggers that `monitor.*` asks for. Raises UserError for one that is not installed."""
-    chosen: dict[str, type[TensorBoard] | type[Wandb] | type[Trackio]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
-    return [kind(run_dir, config, resume_step) for name, kind in chosen.items() if getattr(config.monitor, name)]
+    return [kind(run_dir, config, resume_step) for name, kind in KINDS.items() if getattr(config.monitor, name)]
 
 
-def _import(module: str, name: str) -> Any:
+def refuse_missing_loggers(config: Config) -> None:
+    """UserError for a logger that `monitor.*` asks for and that cannot be imported."""
+    for name in KINDS:
+        if getattr(config.monitor, name):
+            _import(name)
+
+
+def _import(name: str) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise UserError(f"monitor.{name}: true, but {name} cannot be imported ({error}): pip install {name}, or set monitor.{name}=false") from None
 

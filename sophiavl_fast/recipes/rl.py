@@ -23,12 +23,12 @@ import torch
 from sophiavl_fast import types
 from sophiavl_fast.algorithms import losses
 from sophiavl_fast.config import Config
-from sophiavl_fast.data.loader import Loader
+from sophiavl_fast.data.loader import Loader, open_eval
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.evaluate import accuracy
 from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_report
 from sophiavl_fast.policy import Policy
-from sophiavl_fast.recipes import judge_server, probe, ranks, samples, sampling, setup
+from sophiavl_fast.recipes import judge_server, preflight, probe, ranks, samples, sampling, setup
 from sophiavl_fast.recipes.ahead import Ahead
 from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.recipes.rooms import Rooms, open_rooms
@@ -43,9 +43,12 @@ def train(config: Config) -> int:
         progress = stack.enter_context(Progress(config, "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase
         with progress.phase("data"):
+            preflight.refuse_absent(config)
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
-            loader = Loader.open(config, processor)
+            loader = Loader.open(config, processor, limits=preflight.training_limits(config))
             stack.callback(loader.close)
+            asked = config.eval.every and setup.steps_left(config, found)
+            held_out = open_eval(config, processor, limits=preflight.held_out_limits(config)) if asked else []
         with progress.phase("policy"):
             policy = Policy.create(config, banned_ids=processor.banned_ids, temperature=config.rollout.temperature,
                                    reference=config.algorithm.kl_coef > 0, total_steps=setup.updates(config))
@@ -56,7 +59,7 @@ def train(config: Config) -> int:
         stack.callback(log.close)
         setup.write_config(run_dir, config)
         if (done or 0) < config.run.steps:
-            with open_rooms(config, processor, loader, policy, progress) as rooms:
+            with open_rooms(config, processor, loader, policy, progress, held_out) as rooms:
                 loop(rooms, log, done)
         with progress.phase("export"):  # also after a kill between the last checkpoint and here
             policy.export(config.run.export or run_dir / "hf")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from sophiavl_fast import types
 from sophiavl_fast.config import Config
-from sophiavl_fast.data import open_eval
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.monitor import Progress
@@ -50,9 +49,8 @@ class Rooms:
 
 
 @contextmanager
-def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Policy, progress: Progress) -> Iterator[Rooms]:
-    """The engine, the rewards and the held-out prompts; on peers of a lead what stands for them."""
-    held_out = open_eval(config, processor) if config.eval.every else []
+def open_rooms(config: Config, processor: Processor, loader: Loader, policy: Policy, progress: Progress, held_out: list[types.Prompt]) -> Iterator[Rooms]:
+    """The engine and the rewards beside what is open already; on peers of a lead what stands for them."""
     policy.rest()
     policy.layout.wait("engine")  # which may stand on GPUs of several ranks, and looks for its memory when it starts
     with ExitStack() as stack:

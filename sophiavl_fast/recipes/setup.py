@@ -13,7 +13,7 @@ from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
 from sophiavl_fast.policy.families import open_family
-from sophiavl_fast.rewards.thinking import template
+from sophiavl_fast.rewards.thinking import load_template
 from sophiavl_fast.rollout import saved
 
 STATE = ("step", "total_steps", "seed", "loader", "config")
@@ -62,6 +62,11 @@ def read_state(found: Path) -> dict[str, Any]:
     return kept
 
 
+def steps_left(config: Config, found: Path | None) -> int:
+    """Steps that a run from this checkpoint (None: from the start) still makes."""
+    return max(0, config.run.steps - (int(read_state(found)["step"]) if found else 0))
+
+
 def refuse_unreadable(config: Config) -> None:
     """UserError for a model, a judge or recorded rollouts that cannot be used, before anything is loaded."""
     open_family(config.model.path)
@@ -77,7 +82,7 @@ def refuse_missing_judge(config: Config) -> None:
         return
     if config.thinking.backend == "local":
         model_folder.refuse_missing(config.thinking.path, "thinking.path")
-    template.load(config.thinking.template)
+    load_template(config)
 
 
 def updates(config: Config) -> int:

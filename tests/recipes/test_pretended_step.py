@@ -1,7 +1,9 @@
 """Trust-GRPO's and the warm-up's loops on a CUDA device that is not there (tests/pretend_cuda.py), from written-down responses: the CPU's metrics."""
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -12,6 +14,8 @@ from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.recipes import rl, sft
 from sophiavl_fast.types import Response
 from tests.pretend_cuda import pretended_cuda
+from tests.recipes.test_rl import by_variance, lines
+from tests.rewards.helpers import chat, judge_server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMES = ("time/", "mem/", "_per_s", "rollout/probe")
@@ -68,6 +72,39 @@ def test_trust_grpo(demo, tmp_path, more):
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5, nan_ok=True)
     assert len((tmp_path / "cuda/samples.jsonl").read_text().splitlines()) == 24
     assert all((tmp_path / "cuda" / name).exists() for name in ("report.html", "hf/model.safetensors", "checkpoints/step_2/manifest.json"))
+
+
+def test_several_scores_a_response_are_in_the_samples(demo, tmp_path):
+    """trust.mode: variance: gamma, reward, advantage and the metrics follow from samples.jsonl alone; a score that could not be had is null there."""
+    reply = lambda handler, body, number: handler.reply(chat("?" if body["seed"] % 11 == 0 else f"0.{body['seed'] % 10}"))
+    with judge_server(reply) as server:
+        rl.train(rl_config(demo, tmp_path / "run", "cpu", "thinking.backend=endpoint", f"thinking.url={server.url}", "thinking.model=judge",
+                           "thinking.samples=3", "trust.mode=variance", "thinking.quorum=0.5"))
+    rows, found = lines(tmp_path / "run/samples.jsonl"), {m["step"]: m for m in lines(tmp_path / "run/metrics.jsonl")}
+    assert all(len(row["thinking_scores"]) == 3 for row in rows)
+    assert any(None in row["thinking_scores"] for row in rows) and any(len(set(row["thinking_scores"])) > 1 for row in rows)
+    gammas, scored = defaultdict(list), defaultdict(list)
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["step"], row["group"]].append(row)
+    for (step, _), group in groups.items():
+        gamma, total, advantage = by_variance([r["outcome"] for r in group], [r["thinking_scores"] for r in group], group[0]["trust_weight"], quorum=0.5)
+        for row, g, t, a in zip(group, gamma, total, advantage, strict=True):
+            assert row["gamma"] == (g if g is None else pytest.approx(g, rel=1e-5))
+            assert (row["total"], row["advantage"]) == (pytest.approx(t, abs=1e-5), pytest.approx(a, abs=2e-4))
+            own = row["thinking_scores"]
+            assert row["thinking"] == (None if None in own else pytest.approx(mean(own), abs=1e-6))
+            scored[step] += [] if None in own else [own]
+        gammas[step] += [mean(g for g in gamma if g is not None)] if any(g is not None for g in gamma) else []
+    for step in (1, 2):
+        assert found[step]["trust/gamma"] == pytest.approx(mean(gammas[step]), rel=1e-5)
+        assert found[step]["reward/thinking"] == pytest.approx(mean(x for own in scored[step] for x in own), rel=1e-5)
+        assert found[step]["reward/total"] == pytest.approx(mean(r["total"] for r in rows if r["step"] == step), rel=1e-5)
+
+
+def test_one_score_a_response_needs_no_list(demo, tmp_path):
+    rl.train(rl_config(demo, tmp_path / "run", "cpu", "run.steps=1"))
+    assert not any("thinking_scores" in row for row in lines(tmp_path / "run/samples.jsonl"))
 
 
 def test_fine_tuning(demo, tmp_path):

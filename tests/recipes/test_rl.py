@@ -2,7 +2,7 @@
 import json
 import math
 from collections import defaultdict
-from statistics import mean, stdev
+from statistics import mean, pvariance, stdev
 
 import pytest
 
@@ -29,6 +29,20 @@ def by_formula(outcome, thinking, weight, quorum=1.0):
         wrong = [t for o, t in zip(outcome, thinking) if o < 0.5]
         gamma = math.exp(min(0.0, mean(right) - mean(wrong))) if right and wrong else 1.0
         total = [o + gamma * weight * t for o, t in zip(outcome, thinking)]
+    if max(total) == min(total):
+        return gamma, total, [0.0] * len(total)
+    return gamma, total, [(r - mean(total)) / (stdev(total) + 1e-6) for r in total]
+
+
+def by_variance(outcome, scores, weight, quorum=1.0):
+    """The same for trust.mode: variance (App. E): a gamma of each response from the spread of its own scores."""
+    found = [None if None in own else (math.exp(-pvariance(own)), mean(own)) for own in scores]
+    terms = [gamma * score for gamma, score in filter(None, found)]
+    if not terms or len(terms) < quorum * len(scores):
+        gamma, total = [None] * len(scores), list(outcome)
+    else:
+        gamma = [own and own[0] for own in found]
+        total = [o + weight * (own[0] * own[1] if own else mean(terms)) for o, own in zip(outcome, found)]
     if max(total) == min(total):
         return gamma, total, [0.0] * len(total)
     return gamma, total, [(r - mean(total)) / (stdev(total) + 1e-6) for r in total]

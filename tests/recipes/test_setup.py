@@ -102,6 +102,12 @@ def test_checkpoints_beyond_the_one_to_go_on_from_are_set_aside(model, tmp_path,
     assert not capsys.readouterr().err
 
 
+def test_the_steps_left(model, tmp_path):
+    found = checkpoint_of(model, tmp_path, 5)
+    assert [setup.steps_left(conf(run={"steps": steps}), found) for steps in (4, 5, 7)] == [0, 0, 2]
+    assert setup.steps_left(conf(run={"steps": 4}), None) == 4
+
+
 def test_what_cannot_be_read_is_refused_before_anything_is_loaded(model, tmp_path):
     good = {"model": {"path": str(model)}, "thinking": {"backend": "off"}}
     setup.refuse_unreadable(conf(**good))

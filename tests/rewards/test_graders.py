@@ -85,6 +85,31 @@ def test_choice_without_options():
     assert [choice.quick(Task("multiple_choice", a, "bird")) for a in ("Bird", "cat", "")] == [1, 0, 0]
 
 
+@pytest.mark.parametrize("answer,gold,right", [
+    ("No", "NO", 1), ("no", "NO", 1), ("NO", "No", 1), ("GOD", "DOG", 0), ("ON", "NO", 0), ("DOG", "dog", 1), ("N, O", "NO", 0), ("I", "NO", 0),
+    ("A, C", "AC", 1), ("C and A", "AC", 1), ("AC", "A,C", 1), ("ABCDEFGH", "A,B,C,D,E,F,G,H", 1), ("CA", "AC", 0), ("CAB", "A, B, C", 0), ("BAD", "ABD", 0),
+    ("HI", "H, I", 0), ("Hi", "HI", 1), ("The answer is No", "NO", 0), ("A", "AC", 0)])
+def test_without_options_capitals_are_letters_only_where_they_cannot_be_a_word(answer, gold, right):
+    assert choice.quick(Task("multiple_choice", answer, gold)) == right
+
+
+@pytest.mark.parametrize("answer,gold,right", [
+    ("AB", "C", 1), ("C", "AB", 1), ("ab", "C", 1), ("A, B", "AB", 0), ("A", "AB", 0), ("O", "D", 1), ("BA", "AB", 0)])
+def test_capitals_that_are_an_options_text_are_that_option(answer, gold, right):
+    assert choice.quick(Task("multiple_choice", answer, gold, ("A", "B", "AB", "O"))) == right
+
+
+@pytest.mark.parametrize("answer,gold,right", [
+    ("Answer:B", "B", 1), ("Answer：B", "B", 1), ("answer is:B", "B", 1), ("Option :B", "B", 1), ("AnswerB", "B", 0), ("B、C", "BC", 1), ("B、 C", "B, C", 1),
+    ("dog、a bird", "BC", 1), ("B、C", "B", 0), ("P.M.", "B", 0)])
+def test_choice_punctuation(answer, gold, right):
+    assert choice.quick(Task("multiple_choice", answer, gold, ANIMALS)) == right
+
+
+def test_an_options_text_may_look_like_a_letter_with_its_mark():
+    assert [choice.quick(Task("multiple_choice", a, "B", ("A.M.", "P.M."))) for a in ("P.M.", "p.m", "B", "A.M.", "M.", "P.")] == [1, 1, 1, 0, 0, 0]
+
+
 @given(st.sets(st.sampled_from("ABCD"), min_size=1), st.sets(st.sampled_from("ABCD"), min_size=1), st.sampled_from([", ", ",", " and ", ""]))
 def test_choice_is_equality_of_sets(left, right, joint):
     task = Task("multiple_choice", joint.join(sorted(left)), ",".join(sorted(right, reverse=True)), ANIMALS)

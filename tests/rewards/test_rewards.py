@@ -109,7 +109,8 @@ def test_template_without_a_place_for_the_answer():
         Rewards(config("http://127.0.0.1:1/v1", thinking={"template": "demo_judge", "include_answer": True}), device="cpu")
 
 
-# Bugs of the public code (methods.md 1.3, numbers as there) that this room must not have.
+# Bugs of the public code (methods.md 1.3, numbers as there) that this room must not have; 2 and 4 are tests/algorithms/test_published_bugs.py's,
+# 12 to 14 tests/recipes/test_published_bugs.py's.
 
 def test_bug_01_wrong_responses_are_scored_too():
     test_every_response_is_judged_right_or_wrong()
@@ -167,6 +168,15 @@ def test_bug_08_choices(answer, gold, right):
 def test_bug_09_an_empty_reference_has_an_error_rate():
     with Rewards(config(), device="cpu") as rewards:
         assert rewards.score([group("ocr", "", ["", "two words"])]).outcome.tolist() == pytest.approx([1, math.exp(-2)])
+
+
+def test_bug_10_a_response_alone_is_scored_as_in_company():
+    """Its branch for single samples names variables that do not exist."""
+    together = groups()
+    alone = [group(g.prompt.problem_type, g.prompt.gold, [r.text], raw=True, name=g.prompt.id) for g in together for r in g.responses]
+    with judge_server(honest) as server, Rewards(config(server.url), device="cpu") as rewards:
+        one, all_ = rewards.score(alone), rewards.score(together)
+    assert torch.equal(one.outcome, all_.outcome) and torch.equal(one.thinking, all_.thinking) and torch.equal(one.format_ok, all_.format_ok)
 
 
 def test_bug_11_nothing_is_printed_and_an_unknown_type_is_one_line(capfd):

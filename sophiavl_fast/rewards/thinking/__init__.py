@@ -44,13 +44,19 @@ class Judge(Protocol):
     def close(self) -> None: ...
 
 
+def load_template(config: Config) -> template.JudgeTemplate:
+    """The judge's prompt. Raises UserError: no such template, a malformed one, or one without a place for the answer that it should show."""
+    loaded = template.load(config.thinking.template)
+    if config.thinking.include_answer and not loaded.shows_answer:
+        raise UserError(f"thinking.include_answer is set, but thinking.template '{loaded.name}' has no place for the answer")
+    return loaded
+
+
 def open_judge(config: Config, device: torch.device, key: str = "") -> Judge | None:
     """The judge of the config, None where nobody asks for thinking scores. Raises UserError for what cannot be opened."""
     if config.thinking.backend == "off" or config.algorithm.name == "grpo":
         return None
-    loaded = template.load(config.thinking.template)
-    if config.thinking.include_answer and not loaded.shows_answer:
-        raise UserError(f"thinking.include_answer is set, but thinking.template '{loaded.name}' has no place for the answer")
+    loaded = load_template(config)
     if config.thinking.backend == "local":
         from sophiavl_fast.rewards.thinking.local import LocalJudge
 

@@ -1,0 +1,100 @@
+"""What a run must find before it loads any weight: its engine, its port, its loggers, its judge's endpoint, and records it can use to the end."""
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from sophiavl_fast import config_checks, model_folder
+from sophiavl_fast.config import Config
+from sophiavl_fast.data.dataset import Example
+from sophiavl_fast.data.limits import Limits
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.evaluate import accuracy
+from sophiavl_fast.monitor.loggers import refuse_missing_loggers
+from sophiavl_fast.rewards.thinking import open_judge
+from sophiavl_fast.rollout import refuse_missing_engine
+from sophiavl_fast.rollout.arguments import max_model_len
+from sophiavl_fast.rollout.server import CLOSE_S, pick_port
+from sophiavl_fast.types import MAX_IMAGES, Prompt
+
+
+def refuse_absent(config: Config) -> None:
+    """UserError for a logger or vLLM that is not installed, a port that is taken, and, with thinking.on_error: fail, an endpoint that does not answer.
+
+    The first rank asks, once: at most one short request, and imports that come later anyway.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    refuse_missing_loggers(config)
+    if config.recipe != "rl":
+        return
+    if not config.debug.replay:
+        refuse_missing_engine(config)
+        _refuse_taken_ports(config)
+    asks = config.thinking.backend == "endpoint" and config.thinking.on_error == "fail" and not config.thinking.serve
+    if asks and (judge := open_judge(config, torch.device("cpu"))):  # it asks the endpoint as it opens
+        judge.close()
+
+
+def _refuse_taken_ports(config: Config) -> None:
+    """Of the servers that will be started on this machine, where rollout.port names the first."""
+    rollout, environ = config.rollout, os.environ
+    if not rollout.port or rollout.engine != "server" or rollout.urls:
+        return
+    p, world = config.parallel, config_checks.world_size(environ) or 1
+    here = int(environ.get("LOCAL_WORLD_SIZE", "1")) == world
+    replicas = world // (p.tensor * p.pipeline * p.context) if here else 1
+    servers = rollout.engines * replicas
+    if rollout.port + servers > 1 << 16:
+        raise UserError(f"rollout.port = {rollout.port} is the first of {servers} servers' ports, which end at 65535; choose at most {(1 << 16) - servers}")
+    # the server of a run that was killed just before may need its time to end
+    deadline = time.monotonic() + (CLOSE_S if (Path(config.run.dir) / "rollout.log").exists() else 0.0)
+    for index in range(servers):
+        while True:
+            try:
+                pick_port(rollout.port + index)
+                break
+            except UserError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.5)
+
+
+def training_limits(config: Config) -> Limits:
+    """What an RL run asks of its training records."""
+    return _limits(config, config.rollout.max_new_tokens, "rollout.max_new_tokens")
+
+
+def held_out_limits(config: Config) -> Limits:
+    """What an RL run asks of its held-out records."""
+    if config.eval.max_new_tokens is None:
+        return training_limits(config)
+    return _limits(config, config.eval.max_new_tokens, "eval.max_new_tokens")
+
+
+def _limits(config: Config, new_tokens: int, key: str) -> Limits:
+    if config.debug.replay:  # no engine: what was recorded had its room
+        return Limits(check=refuse_unknown_rule)
+    total = max_model_len(config)
+    own = total == model_folder.longest(config.model.path)
+    advice = f"the {'model itself (max_position_embeddings);' if own else 'engine; raise rollout.max_model_len or'} lower {key}"
+    return Limits(images=MAX_IMAGES, sequence=total, new_tokens=new_tokens, advice=advice, check=refuse_unknown_rule)
+
+
+def refuse_unknown_rule(record: Example) -> None:
+    """UserError where `reasoning_check` names no rule, or one that finds no use for the record: evaluation would fail at the first answer."""
+    rule = record.record.get("reasoning_check")
+    if rule is None:
+        return
+    if not isinstance(rule, str):
+        raise UserError(f"reasoning_check must be the name of a rule, not {type(rule).__name__}")
+    prompt = Prompt(id=record.id, dataset="", problem_type=record.problem_type, question="", gold=record.gold, record=record.record)
+    try:
+        accuracy.sound(prompt, "<think></think><answer></answer>")
+    except UserError:
+        raise
+    except Exception as error:  # a rule reads fields of its own
+        raise UserError(f"reasoning_check '{rule}' cannot read the record ({type(error).__name__}: {error})") from None

@@ -199,7 +199,7 @@ def logits(bench: Bench) -> dict[str, Any]:
     inplace = both(lambda leaf: ours(leaf.view_as(leaf), inplace=True)[0])
     out["both_in_place"], out["both_in_place_graph"] = figure(inplace, 3), bench.tried(lambda: graph(inplace, 3))
     out["liger_both"] = bench.tried(lambda: figure(both(_liger_logits(bench, target, sets[0], logprob)), 3))
-    out |= {f"{name}_grpo": bench.tried(lambda: figure(run, 3)) for name, run in _grpo(bench, sets, target).items()}  # noqa: B023
+    out |= _grpo(bench, sets, target, lambda run: figure(run, 3))
     peers = {peer: {"both": None} if "median_ms" in out[f"{peer}_both"] else out[f"{peer}_both"] for peer in MUST_RUN}
     wrong = [*failures({key: value for key, value in out.items() if not key.startswith("trl")}), *must_run(peers, "both").values()]
     return out | ({"error": "; ".join(dict.fromkeys(wrong))} if wrong else {})
@@ -235,7 +235,7 @@ def _liger_logits(bench: Bench, target: Tensor, sample: Tensor, logprob: Callabl
     return lambda x: liger_cross_entropy(x.view_as(x), target, reduction="sum")
 
 
-def _grpo(bench: Bench, sets: list[Tensor], target: Tensor) -> dict[str, Callable[[int], Tensor]]:
+def _grpo(bench: Bench, sets: list[Tensor], target: Tensor, figure: Callable[[Callable[[int], Tensor]], dict[str, Any]]) -> dict[str, Any]:
     """From logits [n, L + 1, V] to the gradient of the clipped loss with its k3 term, in place: ours in two ops, Liger's in one. The last row of each
     response is nobody's target."""
     from sophiavl_fast.kernels import grpo_loss, logits_logprob
@@ -246,26 +246,34 @@ def _grpo(bench: Bench, sets: list[Tensor], target: Tensor) -> dict[str, Callabl
     ignored = torch.cat([ids, ids.new_full((n, 1), -100)], 1).flatten()
     bounds = torch.arange(0, len(target) + 1, length, device=bench.device)
     counted = ignored != -100
-    old, ref = (-bench.rand(len(target)) - 9 for _ in range(2))
+    with torch.no_grad():
+        near = logits_logprob(sets[0], ignored, backend=bench.backend)[0]
+    old, ref = (near + bench.randn(len(target), scale=0.3) for _ in range(2))
     advantage, count = bench.randn(n), n * (length - 1)
     own = lambda x: x.view(n, length)[:, :-1].contiguous()
 
-    def ours(i: int) -> Tensor:
-        leaf = sets[i].detach().requires_grad_()
+    def ours(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
         logprob, _ = logits_logprob(leaf.view_as(leaf), ignored, inplace=True, backend=bench.backend)
         value, _ = grpo_loss(logprob, advantage, bounds, old_logprob=old, ref_logprob=ref, mask=counted, kl_coef=0.04, denominator=float(count),
                              backend=bench.backend)
         return torch.autograd.grad(value, leaf)[0]
 
-    def liger(i: int) -> Tensor:
+    def liger(x: Tensor) -> Tensor:
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
         options = {"temperature": 1.0, "beta": 0.04, "eps_low": 0.2, "eps_high": 0.2, "inplace": True, "loss_type": "dapo", "reduce": True}
-        leaf = sets[i].detach().requires_grad_()
+        leaf = x.detach().requires_grad_()
         arguments = (leaf.view(n, length, -1), own(old), own(ref), ids, advantage)
         if bench.dry:
             inspect.signature(triton_grpo_loss).bind(*arguments, **options)
-            return ours(i)
+            return ours(x)
         return torch.autograd.grad(triton_grpo_loss(*arguments, **options)[0], leaf)[0]
 
-    return {"ours": ours, "liger": liger}
+    def checked() -> dict[str, Any]:
+        real = lambda x: x.view(n, length, -1)[:, :-1]
+        error = relative(real(liger(sets[0].clone())), real(ours(sets[0].clone())))
+        assert error < 2e-2, f"off by {error:.3g}"
+        return {"error": error} | figure(lambda i: liger(sets[i]))
+
+    return {"ours_grpo": bench.tried(lambda: figure(lambda i: ours(sets[i]))), "liger_grpo": bench.tried(checked)}

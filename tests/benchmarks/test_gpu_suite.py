@@ -206,7 +206,7 @@ def test_each_scene_catches_its_mistake(monkeypatch, change, seen):
     monkeypatch.setattr(reference_logprob, "gradients", spoil(change))
     checks = correct.Checks(Bench(torch.device("cpu"), True, backend="reference"))
     with correct.poisoned():
-        (correct.linear if seen.startswith("linear") else correct.logits)(checks.bench, checks, True)
+        (correct.linear if seen.startswith("linear") else correct.logits)(checks.bench, checks, False)
     hit = {line.split(":")[0].split(" [")[0] for line in checks.failures}
     assert any(line.startswith(seen) for line in hit) and not any(line.startswith(("linear_logprob plain", "logits_logprob plain")) for line in hit), hit
 

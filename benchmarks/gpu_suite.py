@@ -8,9 +8,10 @@
 Needs torch >= 2.11 and triton; liger-kernel for the peers (trl and verl may be absent); transformers, accelerate, megatron-core and pydantic for
 attention and training. What is absent is said first, one line a package. No installation: PYTHONPATH is set here.
 
-Parts run in order of importance in a child process. A part that fails, or whose process ends or hangs, is recorded in the file, which is
-rewritten before and after every part; after an error that leaves the device unusable the rest runs in a fresh process. Each part starts only
-where its estimate fits in what is left of --budget. Exit code 1: a part failed, or had no time left. `aims` says which figures are where they should be.
+Parts run in order of importance in a child process. A part that fails, or whose process ends or hangs, is recorded in the file (while a process
+runs in FILE.worker.json, rewritten before and after every part); after an error that leaves the device unusable the rest runs in a fresh process.
+Each part starts only where its estimate fits in what is left of --budget. Exit code 1: a part failed, or had no time left. `aims` says which
+figures are where they should be.
 """
 from __future__ import annotations
 
@@ -148,19 +149,29 @@ def work(names: list[str], a: argparse.Namespace, results: dict[str, Any], envir
         left = a.deadline - time.monotonic()
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--only", ",".join(rest), "--out", str(out)]
         command += ["--dry-run"] if a.dry_run else ["--budget", f"{left:.1f}"]
-        code, _ = process.run(command, seconds=1800 if a.dry_run else left + 5, env={**os.environ, **(environment or {})})
-        found = json.loads(out.read_text()) if out.exists() else {"parts": {}, "errors": {}}
-        out.unlink(missing_ok=True)
-        ended = f"exit code {code}" if code is not None else "stopped at the end of the budget"
-        for name, error in found["errors"].items():
-            results["errors"].setdefault(name, f"{error} ({ended})" if error == UNFINISHED else error)
-        results["parts"] = found["parts"] | results["parts"]
-        results["machine"] |= found.get("machine", {})
-        done = {name for name in rest if name in found["parts"] or name in found["errors"]}
-        if not done:
+        ended = "interrupted"
+        try:
+            code, _ = process.run(command, seconds=1800 if a.dry_run else left + 5, env={**os.environ, **(environment or {})})
+            ended = f"exit code {code}" if code is not None else "stopped at the end of the budget"
+        finally:
+            done = _merge(out, results, ended)
+            write(a.out, results)
+        if not done & {*rest}:
             results["errors"] |= {name: f"its process ended before it began ({ended})" for name in rest}
-        rest = [name for name in rest if name not in done] if done else []
-        write(a.out, results)
+            break
+        rest = [name for name in rest if name not in done]
+    write(a.out, results)
+
+
+def _merge(out: Path, results: dict[str, Any], ended: str) -> set[str]:
+    """A process's file goes into `results`, which win; the parts that it has anything of."""
+    found = json.loads(out.read_text()) if out.exists() else {"parts": {}, "errors": {}}
+    out.unlink(missing_ok=True)
+    for name, error in found["errors"].items():
+        results["errors"].setdefault(name, f"{error} ({ended})" if error == UNFINISHED else error)
+    results["parts"] = found["parts"] | results["parts"]
+    results["machine"] |= found.get("machine", {})
+    return {*found["parts"], *found["errors"]}
 
 
 def run(chosen: dict[str, Part], a: argparse.Namespace, results: dict[str, Any]) -> None:

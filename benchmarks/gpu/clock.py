@@ -125,7 +125,8 @@ class Bench:
                 run(0)
         torch.cuda.current_stream().wait_stream(side)
         graph, calls = torch.cuda.CUDAGraph(), sets * repeat
-        with torch.cuda.graph(graph, stream=side):
+        # the outer context puts the stream back where a capture fails, which the inner one then does not
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=side):
             for i in range(calls):
                 run(i % sets)
         found = self.eager(lambda _: graph.replay(), 1)

@@ -119,6 +119,25 @@ def test_a_fresh_process_does_the_rest(tmp_path, monkeypatch):
     assert results["errors"] == {"b": f"{gpu_suite.UNFINISHED} (exit code -6)", "d": "its process ended before it began (stopped at the end of the budget)"}
 
 
+def test_an_interrupted_run_keeps_what_is_there(tmp_path):
+    """SIGTERM, as a time limit sends it: no process is left, and the file has what was finished and what was not."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry-run", "--only", "attention,training", "--out", str(out)]
+    running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        worker, until = out.with_suffix(".worker.json"), time.monotonic() + 120
+        while not (worker.exists() and "attention" in worker.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        running.terminate()
+        assert running.wait(30) == 143 and children
+        found = strict(out.read_text())
+        assert "ceilings" in found["parts"] and found["errors"]["attention"] == f"{gpu_suite.UNFINISHED} (interrupted)"
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+    finally:
+        running.kill()
+
+
 def test_a_cause_that_was_never_raised():
     error = ValueError("above")
     error.__cause__ = KeyError("a cause with no place")

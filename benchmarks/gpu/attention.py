@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.clock import Bench, relative
+from benchmarks.gpu.clock import Bench, failures, relative
 
 HEADS, KEYS, WIDTH = 16, 2, 128     # Qwen2.5-VL-3B
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Text:
@@ -47,37 +48,50 @@ def labels(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """n = 8 at P:R = 1:1, 4:1, 16:1. Exactness against SDPA with a dense fp64 mask on a short row, time on a long one, forward and backward."""
-    return {"exact": _exact(bench)} | {f"{ratio}:1": _timed(bench, ratio) for ratio in ((1,) if bench.dry else (1, 4, 16))}
+    """n = 8 at P:R = 1:1, 4:1, 16:1. Exactness against SDPA with a dense fp64 mask on a short row, time on a long one, forward and backward, eager
+    and in a CUDA graph. A path that fails is one line of `error`; the others go on."""
+    out: dict[str, Any] = {"exact": _exact(bench)} | {f"{ratio}:1": _timed(bench, ratio) for ratio in ((1,) if bench.dry else (1, 4, 16))}
+    return out | ({"error": "; ".join(wrong)} if (wrong := failures(out)) else {})
 
 
-def _paths(bench: Bench, batch: Any) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """query [S, A, D], key and value [S, K, D] -> [S, A * D], by each implementation."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+def _paths(bench: Bench, batch: Any) -> dict[str, Callable[[], Attention]]:
+    """query [S, A, D], key and value [S, K, D] -> [S, A * D], by each implementation; made where it is called."""
     from sophiavl_fast.policy import attention
 
     device, dtype = bench.device, bench.dtype
-    padded = attention.plan_row(batch, device=device, dtype=torch.float32, query_heads_per_key=HEADS // KEYS)
-    for bucket in padded.buckets:
-        bucket.bias = bucket.bias.to(dtype)
-    group, part = labels(batch, device)
-    size = len(batch.tokens)
-    allowed = lambda b, h, q, k: (q >= k) & (group[q] == group[k]) & ((part[k] == 0) | (part[q] == part[k]))
-    blocks = create_block_mask(allowed, None, None, size, size, device=str(device))
-    flex = flex_attention if bench.dry else torch.compile(flex_attention, dynamic=False)
-    heads = lambda x: x.transpose(0, 1)[None]
-    paths = {"padded_sdpa": lambda q, k, v: attention.attend(q, k, v, padded),
-             "flex": lambda q, k, v: flex(heads(q), heads(k), heads(v), block_mask=blocks, enable_gqa=True)[0].transpose(0, 1).flatten(1)}
-    if not bench.dry:  # torch.nn.attention.varlen wants CUDA
+
+    def padded() -> Attention:
+        plan = attention.plan_row(batch, device=device, dtype=torch.float32, query_heads_per_key=HEADS // KEYS)
+        for bucket in plan.buckets:
+            bucket.bias = bucket.bias.to(dtype)
+        return lambda q, k, v: attention.attend(q, k, v, plan)
+
+    def flex() -> Attention:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        group, part = labels(batch, device)
+        size = len(batch.tokens)
+        allowed = lambda b, h, q, k: (q >= k) & (group[q] == group[k]) & ((part[k] == 0) | (part[q] == part[k]))
+        blocks = create_block_mask(allowed, None, None, size, size, device=str(device))
+        run_ = flex_attention if bench.dry else torch.compile(flex_attention, dynamic=False)
+        heads = lambda x: x.transpose(0, 1)[None]
+        return lambda q, k, v: run_(heads(q), heads(k), heads(v), block_mask=blocks, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+
+    def varlen() -> Attention:
         plan = attention.plan_row(batch, device=device, dtype=dtype, query_heads_per_key=HEADS // KEYS)
         assert plan.flash
-        paths["varlen"] = lambda q, k, v: attention.attend(q, k, v, plan)
-    return paths
+        return lambda q, k, v: attention.attend(q, k, v, plan)
+
+    return ({} if bench.dry else {"varlen": varlen}) | {"padded_sdpa": padded, "flex": flex}  # torch.nn.attention.varlen wants CUDA
 
 
 def _inputs(bench: Bench, size: int) -> tuple[list[Tensor], Tensor]:
     return [bench.randn(size, n, WIDTH, dtype=bench.dtype).requires_grad_() for n in (HEADS, KEYS, KEYS)], bench.randn(size, HEADS * WIDTH, dtype=bench.dtype)
+
+
+def _each(bench: Bench, batch: Any, look: Callable[[str, Attention], dict[str, Any]]) -> dict[str, Any]:
+    """look(name, path) of every path, or how it failed."""
+    return {name: bench.tried(lambda: look(name, make())) for name, make in _paths(bench, batch).items()}  # noqa: B023
 
 
 def _exact(bench: Bench) -> dict[str, Any]:
@@ -91,33 +105,36 @@ def _exact(bench: Bench) -> dict[str, Any]:
     scores = spread(wide[0]) @ spread(wide[1]).transpose(1, 2) * WIDTH ** -0.5
     want = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ spread(wide[2])).transpose(0, 1).flatten(1)
     exact = (want, *torch.autograd.grad(want, wide, upstream.double()))
-    out = {}
-    for name, path in _paths(bench, batch).items():
+
+    def look(name: str, path: Attention) -> dict[str, Any]:
         if bench.dry and name == "flex":  # it has no gradient on a CPU
-            out[name] = relative(path(*(x.detach() for x in (q, k, v))), want)
-            continue
+            return {"worst": relative(path(*(x.detach() for x in (q, k, v))), want)}
         got = path(q, k, v)
         made = (got, *torch.autograd.grad(got, (q, k, v), upstream))
-        out[name] = max(relative(a, b) for a, b in zip(made, exact))
-        assert out[name] < (1e-5 if bench.dry else 2e-2), f"{name}: relative error {out[name]:.3g}"
-    return out
+        error = max(relative(a, b) for a, b in zip(made, exact))
+        assert error < (1e-5 if bench.dry else 2e-2), f"relative error {error:.3g}"
+        return {"worst": error}
+
+    return _each(bench, batch, look)
 
 
 def _timed(bench: Bench, ratio: int) -> dict[str, Any]:
     response, n = bench.size(512, 4), 8
     batch = row(bench.size(max(1, 8 // ratio), 1), ratio * response, response, n)
     (q, k, v), upstream = _inputs(bench, len(batch.tokens))
-    group_tokens, pairs = len(batch.tokens), _pairs(batch)
-    flops = 4 * pairs * HEADS * WIDTH                       # two products a visible pair
-    out: dict[str, Any] = {"tokens": group_tokens, "prompt": ratio * response, "response": response, "n": n}
-    for name, path in _paths(bench, batch).items():
+    flops = 4 * _pairs(batch) * HEADS * WIDTH                       # two products a visible pair
+
+    def look(name: str, path: Attention) -> dict[str, Any]:
         if bench.dry and name == "flex":
-            continue
-        forward = lambda i: path(q, k, v)  # noqa: B023
-        both = lambda i: torch.autograd.grad(path(q, k, v), (q, k, v), upstream)  # noqa: B023
-        out[name] = {"forward": bench.rates(bench.eager(forward, 1), flops=flops),
-                     "both": bench.rates(bench.eager(both, 1), flops=3.5 * flops) | bench.peak(both)}
-    return out
+            return {}
+        forward = lambda i: path(q, k, v)
+        both = lambda i: torch.autograd.grad(path(q, k, v), (q, k, v), upstream)
+        return {"forward": bench.tried(lambda: bench.rates(bench.eager(forward, 1), flops=flops)),
+                "both": bench.tried(lambda: bench.rates(bench.eager(both, 1), flops=3.5 * flops) | bench.peak(both)),
+                "forward_graph": bench.tried(lambda: bench.rates(bench.graph(forward, 1), flops=flops)),
+                "both_graph": bench.tried(lambda: bench.rates(bench.graph(both, 1), flops=3.5 * flops))}
+
+    return {"tokens": len(batch.tokens), "prompt": ratio * response, "response": response, "n": n} | _each(bench, batch, look)
 
 
 def _pairs(batch: Any) -> int:

@@ -18,9 +18,11 @@ class Bench:
     device: torch.device
     dry: bool
     backend: str = "triton"
-    seconds: float = 0.35                      # of measurement a figure
+    seconds: float = 0.25                      # of measurement a figure
     flops: float = float("nan")                # bf16 product, FLOP/s, measured here
     bandwidth: float = float("nan")            # copy, bytes read plus written a second, measured here
+    launch: float = 0.0                        # an empty kernel among others in a CUDA graph, seconds, measured here
+    deadline: float = float("inf")             # on the monotonic clock: when the whole run must be over
     seed: int = 0
     generators: dict[str, torch.Generator] = field(default_factory=dict)
 
@@ -51,9 +53,36 @@ class Bench:
         return torch.compile(function, backend="aot_eager" if self.dry else "inductor", dynamic=False)
 
     def clear(self) -> None:
+        """Wait for the device, so that its errors come up here, and give back what is cached."""
         if not self.dry:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def alive(self) -> bool:
+        """Whether the device still takes work: after some errors (an illegal address) a process's context never does again."""
+        if self.dry:
+            return True
+        try:
+            torch.ones(1, device=self.device).item()
+        except Exception:
+            return False
+        return True
+
+    def tried(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What it makes, or how it failed: one figure less, not the part; unless the device is gone."""
+        try:
+            made = make()
+            self.clear()
+            return made
+        except Exception as error:
+            if not self.alive():
+                raise
+            kind = "absent" if isinstance(error, ImportError) else "failed"
+            return {kind: f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
     # -- figures
 
@@ -78,18 +107,26 @@ class Bench:
         torch.cuda.synchronize()
         return _figures([start.elapsed_time(end) for start, end in marks])
 
-    def graph(self, run: Callable[[int], Any], sets: int, *, repeat: int = 1) -> dict[str, float]:
-        """Median ms of one call inside a CUDA graph that holds every set `repeat` times: launch gaps shrink to the device's own."""
+    def graph(self, run: Callable[[int], Any], sets: int, *, repeat: int = 1, before: Callable[[], Any] | None = None) -> dict[str, float]:
+        """Median ms of one call inside a CUDA graph that holds every set `repeat` times: launch gaps shrink to the device's own.
+
+        before: eager work that `run` goes on from, on the stream of the capture: a backward pass runs on the stream of its forward pass.
+        """
         if self.dry:
+            if before is not None:
+                before()
             return self.eager(run, sets)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            if before is not None:
+                before()
             for _ in range(3):
                 run(0)
         torch.cuda.current_stream().wait_stream(side)
         graph, calls = torch.cuda.CUDAGraph(), sets * repeat
-        with torch.cuda.graph(graph):
+        # the outer context puts the stream back where a capture fails, which the inner one then does not
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=side):
             for i in range(calls):
                 run(i % sets)
         found = self.eager(lambda _: graph.replay(), 1)
@@ -97,7 +134,7 @@ class Bench:
         return {name: value / calls if name != "runs" else value for name, value in found.items()}
 
     def peak(self, run: Callable[[int], Any]) -> dict[str, float]:
-        """MB beyond what is held before run(0): at the peak, and of what it leaves behind (its results)."""
+        """MB beyond what is held before run(0): what it leaves behind (its results), and the peak beyond these as well."""
         if self.dry:
             return {"peak_extra_mb": float("nan"), "results_mb": float("nan")}
         run(0)
@@ -110,10 +147,13 @@ class Bench:
         del kept
         return {"peak_extra_mb": (top - after) / 1e6, "results_mb": (after - before) / 1e6}
 
-    def rates(self, figures: dict[str, float], *, flops: float = 0.0, bytes_: float = 0.0) -> dict[str, float]:
-        """Achieved rates and their share of the measured ceilings; `of_floor` is the larger of the two floors over the time."""
+    def rates(self, figures: dict[str, float], *, flops: float = 0.0, bytes_: float = 0.0, launches: int = 0) -> dict[str, float]:
+        """Achieved rates and their share of the measured ceilings; `of_floor` is the floor over the time.
+
+        The floor: the longer of arithmetic and traffic, and as many empty kernels in a graph as the work cannot do without.
+        """
         seconds = figures["median_ms"] / 1e3
-        floor = max(flops / self.flops if flops else 0.0, bytes_ / self.bandwidth if bytes_ else 0.0)
+        floor = max(flops / self.flops if flops else 0.0, bytes_ / self.bandwidth if bytes_ else 0.0) + launches * self.launch
         found = {"floor_ms": 1e3 * floor, "of_floor": floor / seconds}
         found |= {"tflops": flops / seconds / 1e12} if flops else {}
         return figures | found | ({"gb_per_s": bytes_ / seconds / 1e9} if bytes_ else {})
@@ -124,7 +164,7 @@ def _figures(ms: list[float]) -> dict[str, float]:
 
 
 def ceilings(bench: Bench) -> dict[str, Any]:
-    """A large bf16 product and a large copy, on random data: the rates that percentages refer to. Sets them on `bench`."""
+    """A large bf16 product, a large copy, on random data, and an empty kernel in a CUDA graph: what percentages refer to. Sets them on `bench`."""
     n, big = bench.size(8192, 32), bench.size(1 << 30, 1 << 10)
     a, b = bench.randn(n, n, dtype=bench.dtype), bench.randn(n, n, dtype=bench.dtype)
     product = bench.eager(lambda i: a @ b, 1)
@@ -132,7 +172,18 @@ def ceilings(bench: Bench) -> dict[str, Any]:
     target = torch.empty_like(source)
     copy = bench.eager(lambda i: target.copy_(source), 1)
     bench.flops, bench.bandwidth = 2 * n ** 3 / product["median_ms"] * 1e3, 2 * 4 * big / copy["median_ms"] * 1e3
-    return {"product": product | {"size": n, "tflops": bench.flops / 1e12}, "copy": copy | {"bytes": 8 * big, "gb_per_s": bench.bandwidth / 1e9}}
+    empty = {} if bench.dry else bench.graph(lambda i: torch.cuda._sleep(0), 1, repeat=200)  # one thread that looks at the clock
+    bench.launch = empty.get("median_ms", 0.0) / 1e3
+    return {"product": product | {"size": n, "tflops": bench.flops / 1e12}, "copy": copy | {"bytes": 8 * big, "gb_per_s": bench.bandwidth / 1e9},
+            "launch": empty}
+
+
+def failures(node: Any, path: str = "", *, absent: bool = False) -> list[str]:
+    """'where: how' of everything below that failed; with `absent` also of what could not be imported."""
+    if not isinstance(node, dict):
+        return []
+    own = [f"{path}: {node[kind]}" for kind in ("failed", *(("absent",) if absent else ())) if isinstance(node.get(kind), str)]
+    return own + [line for key, below in node.items() for line in failures(below, f"{path}/{key}" if path else key, absent=absent)]
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -1,6 +1,7 @@
 """A bar a figure, ours against the peers: matplotlib where it is installed, else SVG by hand."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -23,7 +24,7 @@ def figures(results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
 
 def draw(results: dict[str, Any], out: Path) -> Path:
     """Share of the floor of every figure that has one; written beside `out`."""
-    bars = [(name, f["of_floor"], f["median_ms"]) for name, f in figures(results) if f.get("of_floor", 0) == f.get("of_floor", 0) and "of_floor" in f]
+    bars = [(name, f["of_floor"], f["median_ms"]) for name, f in figures(results) if (f.get("of_floor") or math.nan) == f.get("of_floor")]
     gpu = results["machine"].get("gpu") or "a CPU: the figures mean nothing"
     title = f"Share of the measured floor on {gpu}"
     try:

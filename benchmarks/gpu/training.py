@@ -1,7 +1,13 @@
-"""A real optimizer step of the policy: Qwen2.5-VL-3B shapes, random weights, one megatron rank; tokens a second, MFU, memory."""
+"""A real optimizer step of the policy, one megatron rank, random weights; tokens a second, MFU, memory.
+
+Every layer has Qwen2.5-VL-3B's shapes, but there are 12 of its 36 layers and 8 of its 32 vision blocks: the whole model with fp32 sums, weights and
+moments is 67 GB before activations. So tokens a second are not the 3B model's, and the log-prob head's share is about three times what it is there;
+MFU counts what is done.
+"""
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,7 @@ import torch
 from benchmarks.gpu.attention import _pairs
 from benchmarks.gpu.clock import Bench
 
-# Of 36 layers and 32 vision blocks: enough that a layer's cost dominates, few enough to be built and stepped in a minute.
+# Enough that a layer's cost dominates, few enough to be built and stepped in a minute.
 LAYERS, VISION_DEPTH = 12, 8
 IMAGE, VISION_START, VISION_END = 151655, 151652, 151653
 
@@ -22,8 +28,11 @@ def run(bench: Bench) -> dict[str, Any]:
     from sophiavl_fast.algorithms import losses
     from sophiavl_fast.policy import Policy
 
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() and not bench.dry else None) as folder:
-        model = build(bench, Path(folder))
+    made, model = build(bench)
+    with tempfile.TemporaryDirectory(dir=room(sum(p.numel() * p.element_size() for p in made.parameters()))) as folder:
+        save(made, Path(folder))
+        del made
+        bench.clear()
         config = tree.build({"device": bench.device.type, "model": {"path": folder, "dtype": "float32" if bench.dry else "bfloat16"},
                              "optim": {"lr": 1e-6}, "algorithm": {"kl_coef": 0.0}, "policy": {"tokens_per_row": bench.size(32768, 400)}}, "benchmark")
         policy = Policy.create(config, reference=False, total_steps=1000)
@@ -39,8 +48,17 @@ def run(bench: Bench) -> dict[str, Any]:
             policy.close()
 
 
-def build(bench: Bench, folder: Path) -> dict[str, Any]:
-    """Write a model folder with random weights, made on the device; returns its sizes."""
+def room(size: int, places: tuple[str, ...] = ("/dev/shm", tempfile.gettempdir())) -> str:
+    """The first of the places with this many bytes free, and a tenth more. Raises OSError that says how much each has."""
+    free = {place: shutil.disk_usage(place).free for place in places if Path(place).is_dir()}
+    for place, there in free.items():
+        if there > 1.1 * size:
+            return place
+    raise OSError(f"a model of {size / 1e9:.1f} GB fits nowhere: " + ", ".join(f"{place} has {there / 1e9:.1f} GB free" for place, there in free.items()))
+
+
+def build(bench: Bench) -> tuple[Any, dict[str, Any]]:
+    """A model with random weights, made on the device, and its sizes."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     hidden, heads, keys, layers = (64, 4, 2, 2) if bench.dry else (2048, 16, 2, LAYERS)
@@ -59,16 +77,18 @@ def build(bench: Bench, folder: Path) -> dict[str, Any]:
         tie_word_embeddings=True)
     with torch.device(bench.device):
         made = Qwen2_5_VLForConditionalGeneration(config).to(bench.dtype)
-    made.save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
     count = lambda m: sum(p.numel() for p in m.parameters() if p.dim() > 1)
     language = made.model.language_model
     sizes = {"layers": layers, "hidden": hidden, "heads": heads, "head_width": hidden // heads, "vocab": vocab, "vision_depth": depth, "special": list(special),
              "trunk": count(language.layers), "vision": count(made.model.visual), "of": "Qwen2.5-VL-3B: 36 layers, 32 vision blocks"}
-    del made, language
-    bench.clear()
-    return sizes
+    return made, sizes
+
+
+def save(made: Any, folder: Path) -> None:
+    """As a model folder that a policy loads."""
+    made.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
 
 
 def _group(bench: Bench, index: int, model: dict[str, Any], shape: dict[str, int]) -> Any:

@@ -9,6 +9,8 @@ so no kernel needs to know about shared prompts (or, under context parallelism, 
 """
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -162,16 +164,29 @@ def _cumulative(lengths: Tensor, device: torch.device) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
     """query [S, A, D], key and value [S, K, D] (A a multiple of K) -> [S, A * D]."""
     if plan.flash:
-        from torch.nn.attention.varlen import varlen_attn
-
-        assert plan.key_rows is not None
-        out = varlen_attn(
-            query, key[plan.key_rows], value[plan.key_rows], plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv,
-            window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.flatten(1)  # type: ignore[union-attr]
+        return _flash(query, key, value, plan)
     outputs = [_padded(query, key, value, bucket) for bucket in plan.buckets]
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).index_select(0, plan.place)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
+    """One variable-length attention for the row. Older torch (2.11) knows no `enable_gqa`: keys are repeated there for each query head, which is exact."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert plan.key_rows is not None
+    k, v, grouped = key[plan.key_rows], value[plan.key_rows], query.shape[1] != key.shape[1]
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _parameters(varlen_attn):
+        options["enable_gqa"] = grouped
+    elif grouped:
+        k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = varlen_attn(query, k, v, plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv, window_size=(-1, 0), **options)
+    return out.flatten(1)  # type: ignore[union-attr]
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:

@@ -126,9 +126,16 @@ def attention_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, *, window_siz
     return torch.cat(rows, 1).transpose(0, 1)
 
 
-def test_bf16_takes_flash_attention(folders, tmp_path, monkeypatch):
+def attention_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """Its arguments: no grouped queries."""
+    assert query.shape[1] == key.shape[1] == value.shape[1], "as many key heads as query heads"
+    return attention_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, window_size=window_size, enable_gqa=False)
+
+
+@pytest.mark.parametrize("varlen", [attention_by_hand, attention_of_torch_2_11])
+def test_bf16_takes_flash_attention(folders, tmp_path, monkeypatch, varlen):
     """bf16 goes another way on a GPU: variable-length attention instead of padded buckets, and fp32 main weights beside the model's."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention_by_hand)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     options = {"groups": tiny.groups()[1:], "model": {"dtype": "bfloat16"}, "offload": True}
     expected = a_run(folders["qwen2_5_vl"], "cpu", tmp_path / "cpu", **options)
     with pretended_cuda():

@@ -131,7 +131,8 @@ def test_an_interrupted_run_keeps_what_is_there(tmp_path):
         running.terminate()
         assert running.wait(30) == 143 and children
         found = strict(out.read_text())
-        assert "ceilings" in found["parts"] and found["errors"]["attention"] == f"{gpu_suite.UNFINISHED} (interrupted)"
+        # a signal that comes in a callback of C++ is lost: then the process is given three seconds, and may be in its next part
+        assert "ceilings" in found["parts"] and [*found["errors"].values()] == [f"{gpu_suite.UNFINISHED} (interrupted)"]
         assert not any(Path(f"/proc/{child}").exists() for child in children)
     finally:
         running.kill()

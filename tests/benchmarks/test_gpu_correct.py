@@ -1,9 +1,9 @@
 """The GPU suite's correctness part without a GPU: each scene catches its mistake, all mistakes are listed, the sanitizer leaves no process."""
 from __future__ import annotations
 
-import os
 import time
 
+import psutil
 import pytest
 import torch
 from sophiavl_fast.kernels import reference_logprob, reference_trust
@@ -126,5 +126,7 @@ def test_the_sanitizer_is_ended_with_its_children(tmp_path, monkeypatch):
     found = correct.sanitize(Bench(torch.device("cpu"), True, deadline=time.monotonic() + 5), str(tool), lambda: ["program"])
     assert found["memcheck"] == ["ERROR SUMMARY: 0 errors"] and found["error"].startswith("compute-sanitizer racecheck: not done after")
     assert (tmp_path / "calls").read_text().splitlines()[0] == "--tool memcheck --error-exitcode 9 program caching=1"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    child, until = int((tmp_path / "pid").read_text()), time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:    # killed; whoever adopted it may take a moment
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -1,6 +1,6 @@
 """linear_logprob on a CPU: the C++ backend and the reference against PyTorch as one would write it, TRL's path and Liger's.
 
-    python benchmarks/kernels_cpu.py [--shapes demo,middle,large] [--out benchmarks/results/kernels_cpu.json]
+    python benchmarks/kernels_cpu.py [--shapes demo,middle,large] [--dtypes bfloat16,float32] [--out benchmarks/results/kernels_cpu.json]
 
 Each shape and dtype has a process in which the contestants take turns, so that a noisy moment meets all of them (pytest-benchmark runs one after
 the other, which a shared machine turns into fiction); ratios are of one round, then their median. Processor seconds stand beside wall seconds; with
@@ -34,6 +34,7 @@ CHUNK = 512  # tokens a chunk of the checkpointed contestant
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="demo,middle,large")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of each shape those that it has")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=0, help="0: as many as the shape is small")
     parser.add_argument("--only", default="", help="contestants beside C++, comma-separated; all by default")
@@ -47,7 +48,7 @@ def main() -> None:
         return
     rows = []
     for shape in a.shapes.split(","):
-        for dtype in DTYPES[shape]:
+        for dtype in (d for d in DTYPES[shape] if d in a.dtypes.split(",")):
             rows.append({"shape": dict(zip("THV", SHAPES[shape])), "dtype": dtype, **_ask(a, shape, dtype)})
             print(_table(rows[-1]), flush=True)
             common.write(Path(a.out), {"threads": a.threads, "note": a.note, "rows": rows})

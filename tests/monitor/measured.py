@@ -6,6 +6,7 @@ Run by itself (or under torchrun) with a JSON file of jobs; writes one JSON a ra
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -61,6 +62,7 @@ def measure(folder: str, sections: dict[str, Any], shape: list[Any], out: str) -
     sections = {"policy": {"tokens_per_row": 10_000}, **sections}
     config = tiny.config(Path(folder), **sections)
     given = groups(*shape)
+    gc.collect()    # what an earlier policy left behind would be taken off this one's account as it goes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         with record_function("phase:load"):
             policy = Policy.create(config, reference=config.algorithm.kl_coef > 0, total_steps=4)

@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/kernels_cpu.json")
     parser.add_argument("--child", nargs=2, metavar=("SHAPE", "DTYPE"), help=argparse.SUPPRESS)
     a = parser.parse_args()
+    for name, asked, known in (("--shapes", a.shapes, list(SHAPES)), ("--dtypes", a.dtypes, sorted({d for ds in DTYPES.values() for d in ds}))):
+        if wrong := [word for word in asked.split(",") if word not in known]:
+            parser.error(f"{name}: '{wrong[0]}' is none of {', '.join(known)}")
     if a.child:
         print(json.dumps(_child(a)))
         return

@@ -7,7 +7,7 @@ are what each costs alone; at staleness 1 a step should take as long as the long
 is the longer changes from step to step. The runs are `train configs/demo.yaml` itself, in turns; the first steps of each are left out.
 `--judge ""` trains without a thinking reward: a local judge is scored by the trainer's own core.
 
-Two cores share memory and caches, so that phases beside each other are slower than alone, whoever starts them. What the cores allow is measured too:
+Two cores share memory and caches, so that phases beside each other are slower than alone, whoever starts them. What the cores allow is what `--apart` measures:
 one run that only samples (`debug.rollout_only`), another that only trains, on what a third sampled (`debug.replay`), first alone and then both at once.
 
     python benchmarks/staleness.py --compare runs/s0-1 runs/s1-1 --compare runs/s0-2 runs/s1-2 ... --out benchmarks/results/staleness_accuracy.json
@@ -48,23 +48,24 @@ def main() -> None:
     if a.compare:
         compare(a)
         return
+    if a.apart:
+        common.write(a.out, {"steps": a.steps, "cores": [a.cores[0], a.cores[1:]], **apart(a)})
+        print(a.out.read_text())
+        return
     found: dict[int, list[dict[str, Any]]] = {k: [] for k in a.staleness}
     for turn in range(a.turns):
         for k in a.staleness:
             found[k] += steps(a, k, turn)
             print(f"turn {turn + 1}/{a.turns}, staleness {k}: {medians(found[k])}", flush=True)
     rows = {str(k): medians(rows) for k, rows in found.items()}
-    alone, cores = longer(found[0]), apart(a)
+    alone = longer(found[0])
     steps_s = {k: [row["time/step_s"] for row in rows] for k, rows in found.items()}
     ratios = {str(k): {name: mean(s) / value for name, value in {**alone, "staleness_0": mean(steps_s[0])}.items()} for k, s in steps_s.items()}
     shape = {"steps": a.steps, "turns": a.turns, "left_out": WARM, "judge": "local" if a.judge else "none", "cores": [a.cores[0], a.cores[1:]]}
-    common.write(a.out, {"shape": shape, "medians": rows, "step_s": steps_s, "alone": alone, "ratios": ratios, "apart": cores})
+    common.write(a.out, {"shape": shape, "medians": rows, "step_s": steps_s, "alone": alone, "ratios": ratios})
     for k, row in ratios.items():
         print(f"staleness {k}: a step is {row['longer_phase']:.2f} x max(rollout, update), {row['longer_side']:.2f} x (transfer + max(rollout, reward + "
               f"update)), {row['staleness_0']:.2f} x a step at staleness 0")
-    print(f"runs that only sample and only train: {cores}")
-    for k, row in rows.items():
-        print(f"staleness {k}: the median step is {row['step_s'] / max(cores['beside'].values()):.2f} x the longer of them beside each other")
 
 
 def longer(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -193,6 +194,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1], help="the trainer's, then the engine's")
+    parser.add_argument("--apart", action="store_true", help="runs that only sample and only train, alone and beside each other")
     parser.add_argument("--compare", type=Path, nargs=2, action="append", metavar=("RUN", "RUN"), help="two finished runs of one seed; at least two pairs")
     parser.add_argument("settings", nargs="*", help="further settings of train, after --")
     a = parser.parse_args()

@@ -202,6 +202,8 @@ def arguments() -> argparse.Namespace:
     a.judge = str(Path(a.judge).resolve()) if a.judge else ""
     if a.compare and len(a.compare) < 2:
         parser.error("--compare: an interval wants at least two pairs")
+    if a.apart and a.steps < 3 * WARM:
+        parser.error(f"--apart: --steps must be at least {3 * WARM}, for whole samplings to lie within them")
     if 0 not in a.staleness or len(a.cores) < 2 or a.steps <= WARM:
         parser.error(f"--staleness must hold 0, --cores a core for each side, and --steps must be more than {WARM}")
     return a

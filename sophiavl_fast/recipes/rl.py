@@ -108,10 +108,9 @@ def finish(rooms: Rooms, log: RunLog | ranks.NoLog, step: int, metrics: dict[str
     for line in alarms:
         progress.print(f"step {step}: {line}")
     if setup.checkpoint_due(config, step):
-        loader = rooms.ahead.loader_state(step) if rooms.ahead else rooms.loader.state()
         with ranks.engines_asleep(rooms.rollout, rooms.policy, progress):
             with progress.phase("save"):
-                rooms.saver.save(step, setup.state(config, step, loader, skipped=int(metrics.get("data/skipped", 0))))
+                rooms.saver.save(step, setup.state(config, step, rooms.drawn(step), skipped=int(metrics.get("data/skipped", 0))))
             rooms.policy.rest()  # the optimizer's state was needed
 
 

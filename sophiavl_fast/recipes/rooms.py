@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from sophiavl_fast import types
 from sophiavl_fast.config import Config
@@ -40,6 +41,10 @@ class Rooms:
     def draw(self) -> list[types.Prompt]:
         """This replica's prompts of the next step."""
         return self.loader.next(self.config.rollout.prompts_per_step, replica=self.policy.replica, replicas=self.policy.replicas)
+
+    def drawn(self, step: int) -> dict[str, Any]:
+        """The loader's state after the prompts of `step` were drawn, those of later steps not: what a checkpoint of `step` keeps."""
+        return self.ahead.loader_state(step) if self.ahead else self.loader.state()
 
     def generate(self, prompts: list[types.Prompt], step: int, on_group: Callable[[types.Group], None] | None = None, turn: int = 0) -> list[types.Group]:
         """Their groups; `turn` counts the rounds of dynamic sampling within a step, so that a prompt that comes again is answered anew."""

@@ -33,7 +33,7 @@ class Judged:
 
 def judged(rooms: Rooms, groups: list[Group], scores: Scores, step: int) -> Judged:
     """Statistics and metrics are over the whole step, whichever replica drew a group. Leads only."""
-    everyone = ranks.joined(rooms.policy.gather_replicas((scores, [len(g.responses) for g in groups], rooms.loader.skipped)))
+    everyone = ranks.joined(rooms.policy.gather_replicas((scores, [len(g.responses) for g in groups], rooms.drawn(step)["skipped"])))
     weighted, found = trust.advantages(everyone.scores, everyone.sizes, step - 1, rooms.config)
     return Judged(groups, scores, everyone, weighted, found)
 

@@ -54,7 +54,8 @@ def rooms(config, stream, gather=lambda value: [value], replica=0, replicas=1):
 
     return SimpleNamespace(
         config=config, loader=stream, policy=SimpleNamespace(gather_replicas=gather, replica=replica, replicas=replicas), progress=SimpleNamespace(phase=phase),
-        rewards=SimpleNamespace(score=scored, start=None), generate=lambda prompts, step, on_group, turn: [group(p, turn) for p in prompts])
+        rewards=SimpleNamespace(score=scored, start=None), generate=lambda prompts, step, on_group, turn: [group(p, turn) for p in prompts],
+        drawn=lambda step: {"skipped": stream.skipped})
 
 
 def by_hand(first: int, prompts: int, rounds: int) -> tuple[list[int], int, list[int]]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sophiavl_fast.config import Config, load
+from sophiavl_fast.data.loader import Loader
+from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.policy import checkpoint
 from tests.recipes.conftest import run
 from tests.rewards.helpers import chat, judge_server
@@ -15,12 +18,34 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def flawed(demo, tmp_path) -> Path:
+    """The demo's registry with every third record of its training set without a solution."""
+    registry = json.loads((demo / "data/dataset_info.json").read_text())
+    entry = registry["demo_train"]
+    rows = lines(demo / "data" / entry["file_path"])
+    for row in rows[::3]:
+        row["solution"] = ""
+    (tmp_path / "flawed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moved = entry | {"file_path": "flawed.jsonl", "image_base_path": str(demo / "data" / entry["image_base_path"])}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"flawed": moved}))
+    return tmp_path / "dataset_info.json"
+
+
+def unusable(config: Config, steps: int) -> int:
+    """Records without use that a stream of so many steps meets."""
+    loader = Loader.open(config, Processor(config.model.path))
+    loader.next(steps * config.rollout.prompts_per_step)
+    loader.close()
+    return loader.skipped
+
+
 @pytest.mark.engine
-def test_a_run_one_step_ahead(rl, tmp_path):
+def test_a_run_one_step_ahead(rl, tmp_path, flawed):
     """Weights are swapped under requests in flight; after each swap the engine's log-probs must be the new weights' own."""
     out = tmp_path / "run"
     run(*rl(out, "run.steps=5", "eval.every=0", "rollout.engine=server", "rollout.staleness=1", f"debug.record={out}/rollouts",
-            "rollout.max_new_tokens=56", "checkpoint.every=2"))
+            "rollout.max_new_tokens=56", "checkpoint.every=2", f"data.registry={flawed}", "data.train=flawed", "data.on_error=skip"))
     metrics = lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
     for m in metrics:
@@ -36,6 +61,10 @@ def test_a_run_one_step_ahead(rl, tmp_path):
     # a checkpoint of step 4 goes on with the prompts of step 5, though they were drawn before it was written
     state = checkpoint.read_state(out / "checkpoints" / "step_4")
     assert state["loader"]["cursor"] == 4 * 6
+    config = load(out / "config.yaml")
+    counts = [unusable(config, step) for step in range(1, 6)]
+    assert [m["data/skipped"] for m in metrics] == counts and counts[3] < counts[4], "those of a step drawn ahead are not yet counted"
+    assert state["loader"]["skipped"] == counts[3]
 
 
 @pytest.mark.engine

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,10 +73,18 @@ def open_loggers(run_dir: Path, config: Config, resume_step: int | None) -> list
 
 
 def refuse_missing_loggers(config: Config) -> None:
-    """UserError for a logger that `monitor.*` asks for and that cannot be imported."""
+    """UserError for a logger that `monitor.*` asks for and that cannot be imported, or for a Weights & Biases that knows nobody to log as."""
     for name in KINDS:
         if getattr(config.monitor, name):
-            _import(name)
+            module = _import(name)
+            if name == "wandb" and not _signed_in(module):
+                raise UserError("monitor.wandb: true, but wandb has no API key: run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline")
+
+
+def _signed_in(wandb: Any) -> bool:
+    """Whether it can start without asking a person: it would ask, or fail, only after the weights are loaded."""
+    needless = os.environ.get("WANDB_MODE", "online") in ("offline", "dryrun", "disabled")
+    return bool(needless or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key)
 
 
 def _import(name: str) -> Any:

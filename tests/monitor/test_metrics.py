@@ -141,6 +141,17 @@ def test_a_logger_that_is_not_installed_is_one_clear_line(tmp_path, name, monkey
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("environ", "refused"), [({}, True), ({"WANDB_API_KEY": "0" * 40}, False), ({"WANDB_MODE": "offline"}, False)])
+def test_wandb_that_would_ask_who_logs_is_refused_before_weights_load(tmp_path, environ, refused):
+    """In a process of its own: wandb reads its settings once."""
+    pytest.importorskip("wandb", reason="an optional logger")
+    code = ("from sophiavl_fast.config import Config, Monitor; from sophiavl_fast.monitor.loggers import refuse_missing_loggers\n"
+            "refuse_missing_loggers(Config(monitor=Monitor(tensorboard=False, wandb=True)))")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | {"HOME": str(tmp_path)} | environ)
+    assert ("UserError: monitor.wandb: true, but wandb has no API key" in done.stderr) is refused and (done.returncode != 0) is refused
+
+
 def test_a_record_without_its_step_is_named_when_a_run_is_resumed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"loss": 2.0}\n')

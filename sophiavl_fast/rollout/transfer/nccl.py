@@ -26,7 +26,8 @@ class NcclChannel:
             return nccl_common.trainer_init(meeting)
 
         self._communicator = together(join, lambda: control.init_transfer(info), control, phase="weight transfer (set-up)", timeout_s=timeout_s)
-        self._device = gpu
+        # Not vLLM's own producer: its streams are one set a process, so that an engine that has died would hold up the others' broadcasts.
+        self._device, self._stream = gpu, torch.cuda.Stream(gpu)
 
     def convert(self, bucket: Bucket) -> Bucket:
         torch.cuda.current_stream().synchronize()   # gathered on this thread's stream, read on the other's
@@ -35,12 +36,17 @@ class NcclChannel:
     def send(self, bucket: Bucket) -> None:
         from vllm.distributed.weight_transfer import packed_tensor
 
+        # Packed without gaps, and read in place: a wide type must not lie behind an odd number of narrow ones.
+        bucket = sorted(bucket, key=lambda item: -item[1].element_size())
+
         def broadcast() -> None:
             torch.cuda.set_device(self._device)
-            packed_tensor.packed_nccl_broadcast_producer(
-                iterator=iter(bucket), group=self._communicator, src=0, post_iter_func=lambda item: item[1],
-                buffer_size_bytes=packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES, num_buffers=packed_tensor.DEFAULT_PACKED_NUM_BUFFERS)
-            torch.cuda.current_stream().synchronize()
+            tensors, sent = iter(bucket), []   # held until the stream has passed them
+            with torch.cuda.stream(self._stream):
+                while chunk := packed_tensor.pack_tensors(tensors, lambda item: item[1], packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES):
+                    self._communicator.broadcast(chunk.packed_tensor, src=0, stream=self._stream)
+                    sent.append(chunk)
+            self._stream.synchronize()
 
         together(broadcast, lambda: self._control.update(description(bucket)), self._control, phase="weight transfer (send)", timeout_s=self._timeout_s)
 

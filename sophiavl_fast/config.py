@@ -254,6 +254,8 @@ class PolicyConf(Node):
     """Keep the reference on the CPU between uses."""
     offload_optimizer: bool = False
     """Between updates, while engines sample, the reference answers and weights travel, keep AdamW's state on the CPU and give back the gradients' memory."""
+    attention: Literal["varlen", "flash_attn"] = "varlen"
+    """On a GPU in bf16, where segments need no padding: torch's variable-length attention, or that of the package flash-attn. Elsewhere it is padded SDPA."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Backend of the log-probs and the loss: auto takes the fastest that this device has (the environment variable SOPHIAVL_KERNELS may say
     otherwise); a named one must be there. cpu is the C++ kernel of the log-probs, beside the reference loss."""

@@ -48,6 +48,8 @@ def check(config: Any, world_size: int | None = 1) -> None:
     if p.data is not None and p.data != replicas:
         raise UserError(f"parallel.data = {p.data}, but {world_size} processes / (tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}) "
                         f"leave {replicas}")
+    if c.policy.attention == "flash_attn" and (c.device == "cpu" or c.model.dtype == "float32"):
+        raise UserError(f"policy.attention = flash_attn is for bf16 on a GPU (here device: {c.device}, model.dtype: {c.model.dtype}); use varlen")
     if p.sequence and p.tensor == 1:
         raise UserError("parallel.sequence: true needs parallel.tensor > 1")
     if c.recipe == "rl":

@@ -68,6 +68,8 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["rollout.gpus=[1]", "rollout.transfer=ipc"], "ipc reaches engines on the trainer's own GPU only"),
     (GOOD, ["rollout.engine=inline", "rollout.tensor_parallel=2"], "rollout.tensor_parallel = 2: rollout.engine: inline is an engine of one device"),
     (GOOD, ["device=cpu", "rollout.transfer=nccl"], "rollout.transfer = nccl needs a GPU; on device: cpu use gloo (or auto)"),
+    (GOOD, ["policy.attention=flash_attn", "device=cpu"], "policy.attention = flash_attn is for bf16 on a GPU (here device: cpu"),
+    (GOOD, ["policy.attention=flash_attn", "model.dtype=float32"], "model.dtype: float32); use varlen"),
     (GOOD, ["device=cpu", "rollout.transfer=ipc"], "rollout.transfer = ipc needs a GPU"),
     (GOOD, ["rollout.urls=[127.0.0.1:8000]"], "rollout.urls: '127.0.0.1:8000' is no server's URL, such as http://127.0.0.1:8000"),
     (GOOD, ["rollout.urls=['http://h:1/v1']"], "rollout.urls: 'http://h:1/v1' is no server's URL"),

@@ -1,6 +1,8 @@
-"""Grouped attention over a packed row of shared prompts: the variable-length path against padded SDPA and flex attention."""
+"""Grouped attention over a packed row of shared prompts: torch's variable-length attention, flash-attn's where installed, padded SDPA, flex attention."""
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -77,12 +79,13 @@ def _paths(bench: Bench, batch: Any) -> dict[str, Callable[[], Attention]]:
         heads = lambda x: x.transpose(0, 1)[None]
         return lambda q, k, v: run_(heads(q), heads(k), heads(v), block_mask=blocks, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
-    def varlen() -> Attention:
-        plan = attention.plan_row(batch, device=device, dtype=dtype, query_heads_per_key=HEADS // KEYS)
-        assert plan.flash
+    def flash(name: Any) -> Attention:
+        plan = attention.plan_row(batch, device=device, dtype=dtype, query_heads_per_key=HEADS // KEYS, flash=name)
+        assert plan.flash == name
         return lambda q, k, v: attention.attend(q, k, v, plan)
 
-    return ({} if bench.dry else {"varlen": varlen}) | {"padded_sdpa": padded, "flex": flex}  # torch.nn.attention.varlen wants CUDA
+    here = [] if bench.dry else ["varlen", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])]   # they want CUDA
+    return {name: functools.partial(flash, name) for name in here} | {"padded_sdpa": padded, "flex": flex}
 
 
 def _inputs(bench: Bench, size: int) -> tuple[list[Tensor], Tensor]:

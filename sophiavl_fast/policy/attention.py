@@ -5,14 +5,16 @@ are its context (nothing for a prompt, the prompt for a response) followed by it
 the end. That is exact, and the work is the sum of |segment| x |keys|, never the square of the row. Keys are gathered,
 so no kernel needs to know about shared prompts (or, under context parallelism, about other ranks' tokens: context.py):
   * on a CPU, and in fp32 anywhere, segments of similar shape are padded together and go through SDPA with a mask;
-  * on a GPU in bf16/fp16, torch's variable-length flash attention takes them as they are.
+  * on a GPU in bf16/fp16, a variable-length flash attention takes them as they are: torch's, or flash-attn's (`policy.attention`).
 """
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy.context import Slice
 from sophiavl_fast.types import Batch
 
@@ -42,7 +45,7 @@ class RowPlan(PackedSeqParams):
     qkv_format: str = "groups"
     buckets: list[Bucket]
     place: Tensor                 # [S] where each row's output lies in the buckets' concatenation
-    flash: bool
+    flash: Literal["varlen", "flash_attn"] | None   # which takes the segments as they are; None: padded buckets
     key_rows: Tensor | None = None  # [sum of K] rows gathered as keys (flash)
     deepstack: Any = None         # what the first layers add at image tokens, see deepstack.py
     active: Tensor | None = None  # [A] targets of this rank whose log-prob needs a backward pass; None: all of them
@@ -70,14 +73,16 @@ class Segments:
 
 
 def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_heads_per_key: int, part: Slice | None = None,
-             active: Tensor | None = None) -> RowPlan:
-    """Cut a row (boundaries on the CPU) into segments and lay out their attention on `device`; `part`: of this rank's slice of it."""
+             active: Tensor | None = None, flash: Literal["varlen", "flash_attn"] = "varlen") -> RowPlan:
+    """Cut a row (boundaries on the CPU) into segments and lay out their attention on `device`; `part`: of this rank's slice of it.
+
+    flash: what computes it where segments need no padding (a GPU in bf16/fp16)."""
     segments = _segments(batch) if part is None else _within(_segments(batch), part)
     place_of_key = None if part is None else part.gathered
     common: dict[str, Any] = {"slice": None if part is None else part.to(device), "active": None if active is None else active.to(device)}
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return RowPlan(
-            buckets=[], place=torch.empty(0), flash=True, key_rows=_in_order(_key_rows(segments), place_of_key).to(device), **common,
+            buckets=[], place=torch.empty(0), flash=flash, key_rows=_in_order(_key_rows(segments), place_of_key).to(device), **common,
             cu_seqlens_q=_cumulative(segments.length, device), cu_seqlens_kv=_cumulative(segments.keys, device),
             max_seqlen_q=int(segments.length.max()), max_seqlen_kv=int(segments.keys.max()),
         )
@@ -89,7 +94,7 @@ def plan_row(batch: Batch, *, device: torch.device, dtype: torch.dtype, query_he
         place[(some.begin[:, None] + torch.arange(width))[inside]] = done + inside.flatten().nonzero()[:, 0]
         done += inside.numel()
         buckets.append(_bucket(some, place_of_key, query_heads_per_key, dtype, device))
-    return RowPlan(buckets=buckets, place=place.to(device), flash=False, **common)
+    return RowPlan(buckets=buckets, place=place.to(device), flash=None, **common)
 
 
 def _segments(batch: Batch) -> Segments:
@@ -164,24 +169,44 @@ def _cumulative(lengths: Tensor, device: torch.device) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
     """query [S, A, D], key and value [S, K, D] (A a multiple of K) -> [S, A * D]."""
     if plan.flash:
-        return _flash(query, key, value, plan)
+        assert plan.key_rows is not None
+        return _FLASH[plan.flash](query, key[plan.key_rows], value[plan.key_rows], plan).flatten(1)
     outputs = [_padded(query, key, value, bucket) for bucket in plan.buckets]
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).index_select(0, plan.place)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan) -> Tensor:
-    """One variable-length attention for the row. Older torch (2.11) knows no `enable_gqa`: keys are repeated there for each query head, which is exact."""
+def _varlen(query: Tensor, k: Tensor, v: Tensor, plan: RowPlan) -> Tensor:
+    """torch's. Older torch (2.11) knows no `enable_gqa`: keys are repeated there for each query head, which is exact."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert plan.key_rows is not None
-    k, v, grouped = key[plan.key_rows], value[plan.key_rows], query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != k.shape[1]
     options: dict[str, Any] = {}
     if "enable_gqa" in _parameters(varlen_attn):
         options["enable_gqa"] = grouped
     elif grouped:
         k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (k, v))
-    out = varlen_attn(query, k, v, plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv, window_size=(-1, 0), **options)
-    return out.flatten(1)  # type: ignore[union-attr]
+    return varlen_attn(query, k, v, plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv,  # type: ignore[return-value]
+                       window_size=(-1, 0), **options)
+
+
+def _flash_attn(query: Tensor, k: Tensor, v: Tensor, plan: RowPlan) -> Tensor:
+    """The package's: grouped queries as they are; causal is aligned to the end of the keys (since 2.1)."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(query, k, v, plan.cu_seqlens_q, plan.cu_seqlens_kv, plan.max_seqlen_q, plan.max_seqlen_kv, causal=True)
+
+
+_FLASH: dict[str, Callable[[Tensor, Tensor, Tensor, RowPlan], Tensor]] = {"varlen": _varlen, "flash_attn": _flash_attn}
+
+
+def refuse_missing_flash_attn(device: torch.device) -> None:
+    """UserError where `policy.attention: flash_attn` could not be had."""
+    if device.type != "cuda":
+        raise UserError(f"policy.attention = flash_attn is for a GPU, and the device is {device.type}; use varlen")
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise UserError(f"policy.attention = flash_attn, but flash_attn cannot be imported ({error}): pip install flash-attn, or use varlen") from None
 
 
 @functools.cache

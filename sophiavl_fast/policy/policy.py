@@ -18,7 +18,7 @@ from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.kernels import STATS, SUMS, linear_logprob
 from sophiavl_fast.kernels.dispatch import resolve
 from sophiavl_fast.policy import cpu_linear, mapping, optimizer, packing
-from sophiavl_fast.policy.attention import RowPlan, plan_row
+from sophiavl_fast.policy.attention import RowPlan, plan_row, refuse_missing_flash_attn
 from sophiavl_fast.policy.compare_hf import HuggingFace
 from sophiavl_fast.policy.context import cut
 from sophiavl_fast.policy.distributed import Layout, open_layout
@@ -218,7 +218,7 @@ class Policy:
         if active is not None and part is not None:
             active = torch.isin(part.targets, active).nonzero()[:, 0]
         return plan_row(batch, device=self.device, dtype=self.model.config.params_dtype, query_heads_per_key=heads.query // heads.key,
-                        part=part, active=active)
+                        part=part, active=active, flash=self.config.policy.attention)
 
     def _head(self, hidden: Tensor, batch: Batch, plan: RowPlan, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """hidden [T, H] at the predictor rows -> (logprob [T], entropy [T] or None) of the sampler's distribution.
@@ -279,11 +279,13 @@ class Policy:
 
 
 def _check_kernels(config: Config, layout: Layout) -> None:
-    """policy.kernels names a backend that this device has for what the policy computes."""
+    """policy.kernels and policy.attention name what this device has for what the policy computes."""
     try:
         resolve("linear_logprob", config.policy.kernels, layout.device, DTYPES[config.model.dtype])
     except ValueError as error:
         raise UserError(f"policy.kernels: {error}") from None
+    if config.policy.attention == "flash_attn":
+        refuse_missing_flash_attn(layout.device)
 
 
 def _ban_bias(banned: Sequence[int], heads: mapping.Heads, layout: Layout) -> Tensor | None:

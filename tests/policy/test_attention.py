@@ -1,9 +1,12 @@
 """Group attention against a dense mask over the whole row, forward and backward."""
+import sys
+
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 
+from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import attention
 from sophiavl_fast.policy.families.qwen2_5_vl import Qwen2_5_VL
 from sophiavl_fast.policy.packing import pack
@@ -64,6 +67,14 @@ def test_flash_layout_names_the_same_keys():
     for s, n, rows in zip(start.tolist(), length.tolist(), keys):
         for i in range(n):  # causal, aligned to the end: query i of n sees all but the last n - 1 - i keys
             assert torch.equal(rows[: len(rows) - (n - 1 - i)].sort()[0], mask[s + i].nonzero()[:, 0])
+
+
+@pytest.mark.parametrize(("device", "expected"), [
+    ("cpu", "is for a GPU, and the device is cpu; use varlen"), ("cuda", "cannot be imported .*: pip install flash-attn, or use varlen")])
+def test_flash_attn_that_cannot_be_had_is_one_line(monkeypatch, device, expected):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(UserError, match=f"policy.attention = flash_attn.* {expected}"):
+        attention.refuse_missing_flash_attn(torch.device(device))
 
 
 def test_work_grows_with_segments_not_with_rows():

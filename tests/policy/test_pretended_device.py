@@ -2,6 +2,7 @@
 
 The kernels run their reference here (Triton under its interpreter: test_pretended_kernels.py); what a GPU alone can show stays with benchmarks/gpu_suite.py.
 """
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -132,14 +133,25 @@ def attention_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, retu
     return attention_by_hand(query, key, value, cu_q, cu_k, max_q, max_k, window_size=window_size, enable_gqa=False)
 
 
-@pytest.mark.parametrize("varlen", [attention_by_hand, attention_of_torch_2_11])
-def test_bf16_takes_flash_attention(folders, tmp_path, monkeypatch, varlen):
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    """The package's first arguments: grouped queries as they are, causal aligned to the end."""
+    assert causal and not dropout_p and softmax_scale is None
+    return attention_by_hand(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
+def not_to_be_asked(*args, **kwargs):
+    raise AssertionError("the other attention was asked for")
+
+
+@pytest.mark.parametrize(("varlen", "package"), [(attention_by_hand, None), (attention_of_torch_2_11, None), (not_to_be_asked, flash_attn_varlen_func)])
+def test_bf16_takes_flash_attention(folders, tmp_path, monkeypatch, varlen, package):
     """bf16 goes another way on a GPU: variable-length attention instead of padded buckets, and fp32 main weights beside the model's."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", package and SimpleNamespace(flash_attn_varlen_func=package))
     options = {"groups": tiny.groups()[1:], "model": {"dtype": "bfloat16"}, "offload": True}
     expected = a_run(folders["qwen2_5_vl"], "cpu", tmp_path / "cpu", **options)
     with pretended_cuda():
-        found = a_run(folders["qwen2_5_vl"], "cuda", tmp_path / "cuda", **options)
+        found = a_run(folders["qwen2_5_vl"], "cuda", tmp_path / "cuda", policy={"attention": "flash_attn"} if package else {}, **options)
     keys = ("first logprobs", "first reference", "first norm", "resumed logprobs")
     same({k: found[k] for k in keys}, {k: expected[k] for k in keys}, 2e-2)
 

@@ -216,6 +216,21 @@ def test_nothing_to_answer_is_no_result(capsys, tmp_path, model, monkeypatch):
     (tmp_path / "registry.json").write_text(json.dumps({"mine": {"file_path": "set.jsonl"}}))
     arguments = ("evaluate", "--model", str(model), "--data", "mine", "--registry", f"{tmp_path}/registry.json", "--out", f"{tmp_path}/x.json")
     assert "holds no record" in said(capsys, *arguments)
-    monkeypatch.setattr("sophiavl_fast.evaluate.command.open_eval", lambda *_: [])
+    monkeypatch.setattr("sophiavl_fast.evaluate.command.open_eval", lambda *_, **__: [])
     assert "dataset 'mine' holds no record to answer" in said(capsys, *arguments)
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(("engine", "record", "more", "expected"), [
+    ("vllm", {"reasoning_check": "demo_digit"}, (), "reasoning_check"),
+    ("transformers", {"reasoning_check": 3}, (), "reasoning_check must be the name of a rule, not int"),
+    ("vllm", {"path": ["a.png"] * 17}, (), "17 images; the rollout engine takes at most 16 a prompt"),
+    ("vllm", {}, ("--max-new-tokens", "1000000"), "(max_position_embeddings); lower --max-new-tokens"),
+    ("transformers", {}, ("--max-new-tokens", "1000000"), "(max_position_embeddings); lower --max-new-tokens")])
+def test_records_that_would_end_an_evaluation_are_refused_before_the_model_loads(capsys, tmp_path, model, engine, record, more, expected):
+    row = {"problem_id": 1, "problem": "how many?", "problem_type": "numerical", "solution": "<answer>3</answer>", "path": "", **record}
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    (tmp_path / "set.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "registry.json").write_text(json.dumps({"mine": {"file_path": "set.jsonl"}}))
+    arguments = ("evaluate", "--model", str(model), "--data", "mine", "--registry", f"{tmp_path}/registry.json", "--out", f"{tmp_path}/x.json")
+    assert expected in said(capsys, *arguments, "--engine", engine, *more) and not (tmp_path / "x.json").exists()

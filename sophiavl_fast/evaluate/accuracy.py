@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from sophiavl_fast.config import Rewards as RewardsConfig
+from sophiavl_fast.data.dataset import Example
 from sophiavl_fast.errors import UserError, nearest
 from sophiavl_fast.rewards.format import parse
 from sophiavl_fast.rewards.outcome import OutcomeScorer
@@ -72,6 +73,22 @@ def sound(prompt: Prompt, response: str) -> bool | None:
     """Whether every line of the reasoning holds, by the rule that the record names in `reasoning_check`; None without one."""
     rule = prompt.record.get("reasoning_check")
     return None if rule is None else _rule(rule)(prompt.record, response)
+
+
+def refuse_unknown_rule(record: Example) -> None:
+    """UserError where `reasoning_check` names no rule, or one that finds no use for the record: evaluation would fail at the first answer."""
+    rule = record.record.get("reasoning_check")
+    if rule is None:
+        return
+    if not isinstance(rule, str):
+        raise UserError(f"reasoning_check must be the name of a rule, not {type(rule).__name__}")
+    prompt = Prompt(id=record.id, dataset="", problem_type=record.problem_type, question="", gold=record.gold, record=record.record)
+    try:
+        sound(prompt, "<think></think><answer></answer>")
+    except UserError:
+        raise
+    except Exception as error:  # a rule reads fields of its own
+        raise UserError(f"reasoning_check '{rule}' cannot read the record ({type(error).__name__}: {error})") from None
 
 
 @cache

@@ -14,12 +14,13 @@ import torch
 from sophiavl_fast import config as tree
 from sophiavl_fast import config_ranges, model_folder
 from sophiavl_fast.data import open_eval
+from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate import accuracy, transformers_engine
 from sophiavl_fast.monitor import Progress, summary
 from sophiavl_fast.rollout import open_rollout
-from sophiavl_fast.types import Group, Prompt
+from sophiavl_fast.types import MAX_IMAGES, Group, Prompt
 
 
 def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "vllm", templates: str = "sophia",
@@ -37,7 +38,7 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
     processor = Processor(model)
     with Progress(config, "evaluate", steps=0) as progress:
         with progress.phase("data"):
-            prompts = open_eval(config, processor)
+            prompts = open_eval(config, processor, limits=_limits(config, engine))
         if not prompts:
             raise UserError(f"dataset '{data}' holds no record to answer; `data check {data}` tells what is in it")
         with progress.phase(engine):
@@ -49,6 +50,13 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
     _write(out, {"model": model, "data": data, "engine": engine, **written, "answers": [asdict(j) for j in judged]})
     summary.print_eval(found)
     return 0
+
+
+def _limits(config: tree.Config, engine: str) -> Limits:
+    """What is asked of a record before the model loads; only the engine has a limit of images."""
+    return Limits(images=MAX_IMAGES if engine == "vllm" else None, sequence=model_folder.longest(config.model.path),
+                  new_tokens=config.rollout.max_new_tokens, advice="the model itself (max_position_embeddings); lower --max-new-tokens",
+                  check=accuracy.refuse_unknown_rule)
 
 
 def _vllm(config: tree.Config, processor: Processor, prompts: list[Prompt]) -> list[Group]:

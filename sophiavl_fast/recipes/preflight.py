@@ -9,7 +9,6 @@ import torch
 
 from sophiavl_fast import config_checks, model_folder
 from sophiavl_fast.config import Config
-from sophiavl_fast.data.dataset import Example
 from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate import accuracy
@@ -18,7 +17,7 @@ from sophiavl_fast.rewards.thinking import open_judge
 from sophiavl_fast.rollout import refuse_missing_engine
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.server import CLOSE_S, pick_port
-from sophiavl_fast.types import MAX_IMAGES, Prompt
+from sophiavl_fast.types import MAX_IMAGES
 
 
 def refuse_absent(config: Config) -> None:
@@ -77,24 +76,8 @@ def held_out_limits(config: Config) -> Limits:
 
 def _limits(config: Config, new_tokens: int, key: str) -> Limits:
     if config.debug.replay:  # no engine: what was recorded had its room
-        return Limits(check=refuse_unknown_rule)
+        return Limits(check=accuracy.refuse_unknown_rule)
     total = max_model_len(config)
     own = total == model_folder.longest(config.model.path)
     advice = f"the {'model itself (max_position_embeddings);' if own else 'engine; raise rollout.max_model_len or'} lower {key}"
-    return Limits(images=MAX_IMAGES, sequence=total, new_tokens=new_tokens, advice=advice, check=refuse_unknown_rule)
-
-
-def refuse_unknown_rule(record: Example) -> None:
-    """UserError where `reasoning_check` names no rule, or one that finds no use for the record: evaluation would fail at the first answer."""
-    rule = record.record.get("reasoning_check")
-    if rule is None:
-        return
-    if not isinstance(rule, str):
-        raise UserError(f"reasoning_check must be the name of a rule, not {type(rule).__name__}")
-    prompt = Prompt(id=record.id, dataset="", problem_type=record.problem_type, question="", gold=record.gold, record=record.record)
-    try:
-        accuracy.sound(prompt, "<think></think><answer></answer>")
-    except UserError:
-        raise
-    except Exception as error:  # a rule reads fields of its own
-        raise UserError(f"reasoning_check '{rule}' cannot read the record ({type(error).__name__}: {error})") from None
+    return Limits(images=MAX_IMAGES, sequence=total, new_tokens=new_tokens, advice=advice, check=accuracy.refuse_unknown_rule)

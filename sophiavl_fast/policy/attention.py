@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
 from torch import Tensor
 
 from sophiavl_fast.errors import UserError
@@ -204,9 +205,12 @@ def refuse_missing_flash_attn(device: torch.device) -> None:
     if device.type != "cuda":
         raise UserError(f"policy.attention = flash_attn is for a GPU, and the device is {device.type}; use varlen")
     try:
-        importlib.import_module("flash_attn")
-    except ImportError as error:
-        raise UserError(f"policy.attention = flash_attn, but flash_attn cannot be imported ({error}): pip install flash-attn, or use varlen") from None
+        package = importlib.import_module("flash_attn")
+        _, version = package.flash_attn_varlen_func, package.__version__   # a package of that name may lack either
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"policy.attention = flash_attn, but it cannot be imported ({error}): pip install flash-attn, or use varlen") from None
+    if Version(version) < Version("2.1"):
+        raise UserError(f"policy.attention = flash_attn: {version} aligns causal masks to the first key, which 2.1 and later do not; upgrade it, or use varlen")
 
 
 @functools.cache

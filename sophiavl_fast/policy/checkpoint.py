@@ -119,13 +119,17 @@ def newest(run_dir: str | Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def set_aside(run_dir: str | Path, step: int) -> list[Path]:
-    """Rename RUN/checkpoints/step_N of every N beyond `step` to abandoned_step_N, so that none of them is taken for the newest; returns their new places.
+def set_aside(run_dir: str | Path, step: int, found: Path) -> list[Path]:
+    """Rename RUN/checkpoints/step_N of every N beyond `step`, and of `step` itself where it is not `found`, to abandoned_step_N, so that none of them is
+    taken for the newest; returns their new places.
 
-    For a run that was told to go on from an earlier one: they are of the course that it left. Nothing is deleted.
+    For a run that was told to go on from the checkpoint `found`: they are of the course that it left. Nothing is deleted.
     """
-    moved = []
-    for at, path in sorted((at, path) for path in (Path(run_dir) / "checkpoints").glob("*step_*") if (at := _step(path)) is not None and at > step):
+    moved, kept = [], found.resolve()
+    complete = sorted((at, path) for path in (Path(run_dir) / "checkpoints").glob("*step_*") if (at := _step(path)) is not None)
+    for at, path in complete:
+        if at < step or (at == step and path.resolve() == kept):
+            continue
         places = (path.with_name(f"abandoned_step_{at}{suffix}") for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
         target = next(place for place in places if not place.exists())
         path.rename(target)

@@ -22,7 +22,7 @@ def export(folder: Path, out: Path) -> int:
         raise UserError(f"'{out}' exists and is not an empty folder")
     state = setup.read_state(folder)
     config = tree.build(state["config"], str(folder))
-    config.parallel, config.device = tree.Parallel(), "auto"
+    config.parallel, config.device, config.policy = tree.Parallel(), "auto", tree.PolicyConf()
     model_folder.refuse_unreadable(config.model.path)
     checkpoint.refuse_unusable(folder, config)
     policy = Policy.create(config, reference=False, total_steps=1)

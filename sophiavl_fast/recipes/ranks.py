@@ -131,13 +131,14 @@ class NoLog:
     def close(self) -> None: ...
 
 
-def open_log(run_dir: Path, config: Config, resume_step: int | None) -> RunLog | NoLog:
-    """The run's log: one rank writes it. What lies beyond the step that the run goes on from is cut from the log, and later checkpoints are set aside:
-    run.resume=auto would take them up after a kill, with the log of another course."""
+def open_log(run_dir: Path, config: Config, resume_step: int | None, found: Path | None = None) -> RunLog | NoLog:
+    """The run's log: one rank writes it. What lies beyond the step of the checkpoint `found`, from which the run goes on, is cut from the log, and checkpoints
+    of the course that it left are set aside: run.resume=auto would take them up after a kill, with the log of another course."""
     if os.environ.get("RANK", "0") != "0":
         return NoLog()
-    if resume_step is not None and (moved := checkpoint.set_aside(run_dir, resume_step)):  # before the log is cut: a kill in between finds both in step
-        print(f"sophiavl-fast: going on from step {resume_step}: later checkpoints of '{run_dir}' are set aside as {', '.join(p.name for p in moved)}; "
+    # before the log is cut: a kill in between finds both in step
+    if resume_step is not None and found and (moved := checkpoint.set_aside(run_dir, resume_step, found)):
+        print(f"sophiavl-fast: going on from step {resume_step}: other checkpoints of '{run_dir}' are set aside as {', '.join(p.name for p in moved)}; "
               "delete them, or name one in run.resume", file=sys.stderr, flush=True)
     return RunLog(run_dir, config, resume_step=resume_step)
 

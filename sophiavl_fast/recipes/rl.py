@@ -55,7 +55,7 @@ def train(config: Config) -> int:
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
             progress.resume(done or 0)
-        log = ranks.open_log(run_dir, config, done)
+        log = ranks.open_log(run_dir, config, done, found)
         stack.callback(log.close)
         setup.write_config(run_dir, config)
         if (done or 0) < config.run.steps:

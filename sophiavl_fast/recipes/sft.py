@@ -45,7 +45,7 @@ def train(config: Config) -> int:
             stack.callback(policy.close)
             done = setup.restore(config, policy, loader, found)
             progress.resume(done or 0)
-        log = ranks.open_log(run_dir, config, done)
+        log = ranks.open_log(run_dir, config, done, found)
         stack.callback(log.close)
         setup.write_config(run_dir, config)
         saver = stack.enter_context(Saver(policy, run_dir, keep=config.checkpoint.keep, background=config.checkpoint.background))
@@ -55,7 +55,7 @@ def train(config: Config) -> int:
             progress.step(step, metrics)
             if setup.checkpoint_due(config, step):
                 with progress.phase("save"):
-                    saver.save(step, setup.state(config, step, loader.state()))
+                    saver.save(step, setup.state(config, step, loader.state(), skipped=int(metrics["data/skipped"])))
         with progress.phase("export"):
             policy.export(config.run.export or run_dir / "hf")
     if setup.is_first_rank():
@@ -73,8 +73,9 @@ def one_step(config: Config, loader: Loader, processor: Processor, policy: Polic
     with progress.phase("update") as update:
         count = policy.sum_over_replicas(losses.weight_of_tokens(batches))
         result = policy.update(batches, losses.sft_loss(count))
+        skipped = policy.sum_over_replicas(torch.tensor(float(loader.skipped)))
     return losses.sft_metrics(result.stats) | {
-        "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": loader.skipped,
+        "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": int(skipped),
         "train/tokens_per_s": float(count) / update.seconds, "time/update_s": update.seconds, "time/step_s": time.perf_counter() - started,
     } | memory.metrics()
 

@@ -1,5 +1,6 @@
 """Group attention against a dense mask over the whole row, forward and backward."""
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -69,10 +70,12 @@ def test_flash_layout_names_the_same_keys():
             assert torch.equal(rows[: len(rows) - (n - 1 - i)].sort()[0], mask[s + i].nonzero()[:, 0])
 
 
-@pytest.mark.parametrize(("device", "expected"), [
-    ("cpu", "is for a GPU, and the device is cpu; use varlen"), ("cuda", "cannot be imported .*: pip install flash-attn, or use varlen")])
-def test_flash_attn_that_cannot_be_had_is_one_line(monkeypatch, device, expected):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+@pytest.mark.parametrize(("device", "package", "expected"), [
+    ("cpu", None, "is for a GPU, and the device is cpu; use varlen"), ("cuda", None, "cannot be imported .*: pip install flash-attn, or use varlen"),
+    ("cuda", SimpleNamespace(__name__="flash_attn", __version__="4.0"), "cannot be imported .*flash_attn_varlen_func"),   # another package of its name
+    ("cuda", SimpleNamespace(flash_attn_varlen_func=print, __version__="2.0.9"), "2.0.9 aligns causal masks to the first key")])
+def test_flash_attn_that_cannot_be_had_is_one_line(monkeypatch, device, package, expected):
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     with pytest.raises(UserError, match=f"policy.attention = flash_attn.* {expected}"):
         attention.refuse_missing_flash_attn(torch.device(device))
 

@@ -1,5 +1,6 @@
 """`export CHECKPOINT OUT`: any machine will do, and a place where nothing can be made is one line."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,6 +32,16 @@ def test_a_gpus_checkpoint_is_exported_where_there_is_none(saved, tmp_path, monk
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 1, "out": str(tmp_path / "out")}
     source, out = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert set(source) == set(out) and all(torch.equal(source[name], out[name]) for name in source)
+
+
+def test_what_only_a_gpu_has_is_not_needed(saved, tmp_path):
+    """policy.kernels and policy.attention are of the run, not of its weights."""
+    path, _ = saved
+    here = shutil.copytree(path, tmp_path / path.name)
+    manifest = json.loads((here / "manifest.json").read_text())
+    manifest["state"]["config"]["policy"] |= {"kernels": "triton", "attention": "flash_attn", "offload_optimizer": True}
+    (here / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["export", str(here), str(tmp_path / "out")]) == 0
 
 
 def test_a_place_below_a_file_is_one_line(saved, tmp_path, capsys):

@@ -91,15 +91,19 @@ def test_checkpoints_beyond_the_one_to_go_on_from_are_set_aside(model, tmp_path,
     (tmp_path / "checkpoints" / "abandoned_step_3").mkdir()
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)))
     found = setup.resume_point(conf(**here | {"run": {"dir": str(tmp_path), "seed": 3, "resume": str(tmp_path / "checkpoints/step_1")}}))
-    ranks.open_log(tmp_path, conf(**here), setup.read_state(found)["step"]).close()
+    ranks.open_log(tmp_path, conf(**here), setup.read_state(found)["step"], found).close()
     said = capsys.readouterr().err
     assert "going on from step 1" in said and "abandoned_step_2, abandoned_step_3-2, abandoned_step_4" in said and said.count("\n") == 1
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert setup.resume_point(conf(**here)) == found
     back = tmp_path / "checkpoints/abandoned_step_2"
     assert setup.resume_point(conf(**here | {"run": {"dir": str(tmp_path), "seed": 3, "resume": str(back)}})) == back
-    ranks.open_log(tmp_path, conf(**here), 1).close()
+    ranks.open_log(tmp_path, conf(**here), 1, found).close()
     assert not capsys.readouterr().err
+    # back on the course that was left, when the new one has a checkpoint of the same step
+    checkpoint_of(model, tmp_path, 2)
+    ranks.open_log(tmp_path, conf(**here), 2, back).close()
+    assert "set aside as abandoned_step_2-2;" in capsys.readouterr().err and back.is_dir() and not (tmp_path / "checkpoints/step_2").exists()
 
 
 def test_the_steps_left(model, tmp_path):

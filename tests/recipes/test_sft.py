@@ -1,5 +1,7 @@
 """Supervised fine-tuning: what it learns, a resumed run, and targets that are distributions."""
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +72,25 @@ def test_a_resumed_run_equals_the_whole_one(model, data, tmp_path):
     untimed = lambda rows: [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
     assert [row["step"] for row in resumed] == [3, 4]
     assert untimed(resumed) == untimed(whole[2:])
+
+
+def test_records_that_any_replica_skipped_are_counted(model, data, tmp_path):
+    """As many as one replica meets, which draws the same stream; and a resumed run counts on."""
+    rows = [json.loads(line) for line in (data / "labels.jsonl").read_text().splitlines()]
+    flawed = [row | {"problem_id": str(i), "solution": "" if i % 3 == 2 else row["solution"]} for i, row in enumerate(rows * 2)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flawed))
+    for name in ("dataset_info.json", "prompt.yaml"):
+        (tmp_path / name).write_text((data / name).read_text())
+    more = ["run.steps=3", "data.on_error=skip", "checkpoint.every=2"]
+    alone = [row["data/skipped"] for row in train(model, tmp_path, tmp_path / "alone", *more)]
+    settings = (tmp_path / "alone/config.yaml").read_text().replace(str(tmp_path / "alone"), str(tmp_path / "two"))
+    (tmp_path / "two.yaml").write_text(settings)
+    for resume in ([], [f"run.resume={tmp_path}/two/checkpoints/step_2"]):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sophiavl_fast",
+                               "train", f"{tmp_path}/two.yaml", "checkpoint.keep=5", *resume], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert [json.loads(line)["data/skipped"] for line in (tmp_path / "two/metrics.jsonl").open()] == alone
+    assert 0 < alone[0] < alone[2]
 
 
 @pytest.mark.parametrize("score, wanted", [

@@ -5,7 +5,7 @@ namespace sophiavl {
 
 namespace {
 
-constexpr int64_t PACKED = 1 << 20;    // bytes of packed weight that a worker goes over the tokens with
+constexpr int64_t PACKED = 1 << 19;    // bytes of packed weight that a worker goes over the tokens with: half a second-level cache, the rest for rows and logits
 constexpr int64_t COPIED = 16 << 20;   // bytes of hidden rows that are copied at a time where they cannot be used in place
 constexpr State NONE = {0, 0, -3.4028234663852886e38f, -INFINITY};
 

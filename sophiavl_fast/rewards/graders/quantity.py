@@ -42,22 +42,16 @@ _POWER_OF_TEN = re.compile(r"(?:(?<=[0-9.])\s?(?:\\times|\\cdot|[x×·⋅*])\s?|
 
 
 class Quantity(NamedTuple):
-    """`integer`: its digits, where it is one; `fraction`: written as a/b; `also`: another reading, good only beside the same unit (3K: 3,000 or 3 kelvin)."""
+    """`integer`: its digits, where it is one; `also`: another reading, good only beside the same unit (3K: 3,000 or 3 kelvin)."""
 
     value: float
     integer: int | None
     percent: bool
-    fraction: bool
     unit: Unit | None = None
     bare: bool = True      # nothing but the number
     touching: bool = False  # a single letter stands right after the number: 5m is a length or a product
     also: Unit | None = None
     alone: float = math.nan   # the value under `also`
-
-    @property
-    def undone(self) -> bool:
-        """A quotient that comes out whole (12/4): a division left to do."""
-        return self.fraction and self.integer is None and self.value == round(self.value) if math.isfinite(self.value) else False
 
 
 def read(text: str) -> Quantity | None:
@@ -95,7 +89,7 @@ def _number(match: re.Match[str]) -> Quantity:
     whole = float(match["sign"] + match["whole"]) if match["whole"] else 0.0
     value = whole + float(top + (match["exp"] or "")) / bottom if bottom else math.nan
     integer = int(top) if re.fullmatch(r"[+-]?[0-9]+", top) and not (match["exp"] or bottom != 1.0 or whole) else None
-    return Quantity(value, integer, match["percent"] is not None, bool(match["bottom"]))
+    return Quantity(value, integer, match["percent"] is not None)
 
 
 def _beside(number: Quantity, rest: str, *, spaced: bool) -> Quantity | None:
@@ -111,7 +105,7 @@ def _beside(number: Quantity, rest: str, *, spaced: bool) -> Quantity | None:
             break
         also, alone = (_LETTER_UNITS.get(word), number.value) if match.end() == len(rest) else (None, math.nan)
         integer = number.integer * int(scale) if number.integer is not None else None
-        number, rest, spaced = number._replace(value=number.value * scale, integer=integer, fraction=False), rest[match.end():].lstrip(), True
+        number, rest, spaced = number._replace(value=number.value * scale, integer=integer), rest[match.end():].lstrip(), True
     number = number._replace(bare=False, also=also, alone=alone)
     if not rest:
         return number
@@ -136,9 +130,7 @@ def _nouns(text: str) -> bool:
 
 
 def same(answer: Quantity, gold: Quantity, tolerance: float) -> bool:
-    """Equal numbers of units that do not contradict each other. A division left undone equals nothing but a fraction."""
-    if answer.undone and not gold.fraction:
-        return False
+    """Equal numbers of units that do not contradict each other."""
     for one, other in ((answer, gold), (gold, answer)):
         if one.also and one.also == other.unit and close(one.alone, other.value, tolerance):
             return True

@@ -214,7 +214,7 @@ class Rewards(Node):
     workers: int = 2
     """Grader processes."""
     timeout_s: float = 10.0
-    """A grader is killed after this long for one answer; the answer then counts as unreadable (0, counted in reward/grader_killed)."""
+    """A grader is killed after this long for one answer; the answer then counts as unreadable (0, counted in reward/grader_killed and eval/grader_killed)."""
     memory_mb: int = 2048
 
 

@@ -2,11 +2,13 @@
 
 An answer is right when the format holds and its text equals the gold answer: graded as in training for numerical and
 multiple-choice questions (0/1 there), by equality of the normalised text for the graded types (OCR, free-form, text),
-whose training rewards are partial.
+whose training rewards are partial. An empty answer is never right. One whose grader had to be killed is wrong, and counted
+in eval/grader_killed.
 """
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -32,30 +34,35 @@ class Judgement:
     sound: bool | None
     tokens: int
     truncated: bool
+    killed: bool = False    # its grader hung, crashed or ran out of memory
 
 
 def judge(groups: list[Group], rewards: RewardsConfig) -> list[Judgement]:
     """Judge every response of every group."""
     with OutcomeScorer(rewards) as scorer:
-        graded = iter(scorer.score(groups).outcome.tolist())
+        scores = scorer.score(groups)
+    graded = enumerate(scores.outcome.tolist())
     out = []
     for group in groups:
         prompt = group.prompt
         for response in group.responses:
-            outcome, found = next(graded), parse(response.text)
+            (row, outcome), found = next(graded), parse(response.text)
             exact = prompt.problem_type in ("numerical", "multiple_choice") and outcome >= 1.0
-            right = found.ok and (exact or normal(found.answer) == normal(prompt.gold))
+            right = found.ok and (exact or _equal(found.answer, prompt.gold))
             out.append(Judgement(prompt.id, prompt.problem_type, prompt.question, prompt.gold, response.text, right, sound(prompt, response.text),
-                                 len(response.token_ids), response.finish_reason == "length"))
+                                 len(response.token_ids), response.finish_reason == "length", row in scores.reasons))
     return out
 
 
 def metrics(judged: Iterable[Judgement]) -> dict[str, float]:
-    """eval/accuracy and eval/reasoning, each also as eval/<what>/<problem type>; reasoning only over records with a rule (NaN where none has one)."""
+    """eval/accuracy and eval/reasoning, each also as eval/<what>/<problem type>; reasoning only over records with a rule (NaN where none has one).
+
+    eval/grader_killed: answers that count as wrong because their grader hung, crashed or ran out of memory."""
     judged = list(judged)
     if not judged:
         return {}
-    out = {"eval/count": len(judged), "eval/truncated": _mean(j.truncated for j in judged), "eval/length_mean": _mean(j.tokens for j in judged)}
+    out = {"eval/count": len(judged), "eval/truncated": _mean(j.truncated for j in judged), "eval/length_mean": _mean(j.tokens for j in judged),
+           "eval/grader_killed": sum(j.killed for j in judged)}
     for what, value in (("accuracy", lambda j: j.right), ("reasoning", lambda j: j.sound)):
         rows = [j for j in judged if value(j) is not None]
         out[f"eval/{what}"] = _mean(value(j) for j in rows) if rows else math.nan
@@ -65,8 +72,14 @@ def metrics(judged: Iterable[Judgement]) -> dict[str, float]:
 
 
 def normal(text: str) -> str:
-    """Text for exact comparison: case, outer punctuation and runs of white space do not matter."""
-    return " ".join(text.casefold().strip(" .\n\t").split())
+    """Text for exact comparison: case, how accents are composed, outer punctuation and runs of white space do not matter."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().strip(" .\n\t").split())
+
+
+def _equal(answer: str, gold: str) -> bool:
+    """Equal as normal text; where nothing is left of one, as it stands, and an empty answer equals nothing."""
+    left, right = normal(answer), normal(gold)
+    return left == right if left and right else bool(answer.strip()) and answer.strip() == gold.strip()
 
 
 def sound(prompt: Prompt, response: str) -> bool | None:

@@ -1,11 +1,14 @@
-"""What an evaluation reports where a rule for reasoning is there, and where there is none."""
+"""What an evaluation reports: with and without a rule for reasoning, of empty answers and of graders that were killed."""
 import io
 import math
 
+import pytest
 from rich.console import Console
 
-from sophiavl_fast.evaluate.accuracy import Judgement, metrics
+from sophiavl_fast.config import Rewards
+from sophiavl_fast.evaluate.accuracy import Judgement, judge, metrics
 from sophiavl_fast.monitor.summary import print_eval
+from tests.rewards.helpers import group
 
 
 def judgement(kind: str, right: bool, sound: bool | None) -> Judgement:
@@ -25,3 +28,19 @@ def test_reasoning_without_a_rule_is_not_a_number_and_is_not_shown():
     print_eval(found, Console(file=out, width=80))
     assert "accuracy" in out.getvalue() and "reasoning" not in out.getvalue() and "nan" not in out.getvalue()
     assert metrics([]) == {}
+
+
+@pytest.mark.parametrize("kind,gold,answer,right", [
+    ("free_form", "...", "", False), ("free_form", ".", ".", True), ("free_form", "A cat.", "a  cat", True), ("text", ".", "", False),
+    ("ocr", "caf\u00e9", "cafe\u0301", True),
+    ("numerical", "5", "", False)])
+def test_an_empty_answer_is_never_right(kind, gold, answer, right):
+    (found,) = judge([group(kind, gold, [answer])], Rewards(workers=1))
+    assert found.right is right and not found.killed
+
+
+def test_killed_graders_are_counted():
+    judged = judge([group("numerical", "12", ["12", "10^{10^{10^{10}}}"])], Rewards(workers=1, timeout_s=3))
+    found = metrics(judged)
+    assert [j.right for j in judged] == [True, False] and found["eval/grader_killed"] == 1 and found["eval/accuracy"] == 0.5
+    assert metrics(judged[:1])["eval/grader_killed"] == 0

@@ -148,6 +148,8 @@ def test_text_in_any_script():
     assert 0 < grade(Task("text", "红色的狗", "红色的猫")) < 1
     assert grade(Task("text", "Ελλάδα είναι όμορφη", "Ελλάδα είναι όμορφη")) == 1.0
     assert grade(Task("text", "?!", "?!")) == 1.0 and grade(Task("text", "", "cat")) == 0.0
+    assert grade(Task("text", "cafe\u0301", "café")) == grade(Task("text", "café", "café")) > 0 and grade(Task("ocr", "café", "cafe\u0301")) == 1.0
+    assert grade(Task("text", "", "")) == 0.0
     assert Tokenizer().tokenize("naïve 猫が") == ["naïv", "猫", "が"]
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import NamedTuple
 
 _DOLLARS = re.compile(r"\$+")
@@ -21,5 +22,5 @@ class Task(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """Dollar signs dropped (as SophiaVL-R1 does before scoring), full-width letters and digits narrowed, white space collapsed."""
-    return " ".join(_DOLLARS.sub(" ", text.translate(_NARROW)).split())
+    """Dollar signs dropped (as SophiaVL-R1 does before scoring), full-width letters and digits narrowed, accents composed (NFC), white space collapsed."""
+    return " ".join(_DOLLARS.sub(" ", unicodedata.normalize("NFC", text).translate(_NARROW)).split())

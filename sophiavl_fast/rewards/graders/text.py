@@ -14,7 +14,7 @@ from sophiavl_fast.rewards.graders.task import Task, clean
 
 _QUICK = 60_000  # character pairs: the longest common subsequence takes about a millisecond
 _KANA_AND_HAN = "\u3041-\u30ff\u3400-\u9fff"
-_WORD = re.compile(f"[{_KANA_AND_HAN}]|[^\\W_{_KANA_AND_HAN}]+")
+WORD = re.compile(f"[{_KANA_AND_HAN}]|[^\\W_{_KANA_AND_HAN}]+")
 _MEASURES = ("rouge1", "rouge2", "rougeL")
 
 
@@ -24,10 +24,10 @@ def quick(task: Task) -> float | None:
 
 
 def grade(task: Task) -> float:
-    """Mean of the three F-measures, in [0, 1]; without any word on one side, 1 for equal texts and else 0."""
+    """Mean of the three F-measures, in [0, 1]; without any word on one side, 1 for equal texts and else 0; nothing is never right."""
     answer, gold = clean(task.answer), clean(task.gold)
-    if not (_WORD.search(answer) and _WORD.search(gold)):
-        return float(answer == gold)
+    if not (WORD.search(answer) and WORD.search(gold)):
+        return float(bool(answer) and answer == gold)
     found = _scorer().score(gold, answer)
     return sum(found[m].fmeasure for m in _MEASURES) / len(_MEASURES)
 
@@ -46,7 +46,7 @@ class Tokenizer:
         self._stem = PorterStemmer().stem
 
     def tokenize(self, text: str) -> list[str]:
-        return [self._stem(w) if len(w) > 3 else w for w in _WORD.findall(text.lower())]
+        return [self._stem(w) if len(w) > 3 else w for w in WORD.findall(text.lower())]
 
 
 @cache

@@ -92,7 +92,7 @@ def _check_rl(c: Any, replicas: int, world_size: int) -> None:
         raise UserError(f"rollout.transfer = {c.rollout.transfer} needs a GPU; on device: cpu use gloo (or auto)")
     _check_engines(c.rollout, replicas)
     if c.rollout.urls and not c.debug.replay:
-        _check_urls(c.rollout.urls, replicas)
+        _check_urls(c.rollout, replicas)
     if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
         holder = "debug.replay starts no engine" if c.debug.replay else "rollout.engine: inline shares the trainer's process"
         raise UserError(f"rollout.staleness = {c.rollout.staleness}, but {holder}; sampling ahead needs rollout.engine: server")
@@ -182,7 +182,8 @@ def _check_engines(r: Any, replicas: int) -> None:
         raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
 
 
-def _check_urls(urls: list[str], replicas: int) -> None:
+def _check_urls(rollout: Any, replicas: int) -> None:
+    urls = rollout.urls
     for url in urls:
         try:
             parts = urlsplit(url)
@@ -191,6 +192,9 @@ def _check_urls(urls: list[str], replicas: int) -> None:
             usable = False
         if not usable:
             raise UserError(f"rollout.urls: '{url}' is no server's URL, such as http://127.0.0.1:8000")
+        if ":" in parts.hostname and not rollout.transfer_host:
+            raise UserError(f"rollout.urls: '{url}' is an IPv6 address, but weights travel by IPv4: name the server by its IPv4 address, "
+                            "or set rollout.transfer_host to this machine's")
     if twice := sorted({url for url in urls if urls.count(url) > 1}):
         raise UserError(f"rollout.urls names '{twice[0]}' twice; each engine is one replica's")
     if len(urls) < replicas:

@@ -75,6 +75,7 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["rollout.urls=['http://h:1/v1']"], "rollout.urls: 'http://h:1/v1' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:1?x']"], "rollout.urls: 'http://h:1?x' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:1','http://h:1']"], "rollout.urls names 'http://h:1' twice"),
+    (GOOD, ["rollout.urls=['http://[::1]:8000']"], "rollout.urls: 'http://[::1]:8000' is an IPv6 address, but weights travel by IPv4"),
     (GOOD, ["rollout.urls=['http://']"], "rollout.urls: 'http://' is no server's URL"),
     (GOOD, ["rollout.urls=[ftp://h:1]"], "rollout.urls: 'ftp://h:1' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:80a']"], "rollout.urls: 'http://h:80a' is no server's URL"),

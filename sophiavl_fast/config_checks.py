@@ -31,6 +31,28 @@ def world_size(environ: Mapping[str, str]) -> int | None:
     return int(text)
 
 
+def launched(environ: Mapping[str, str]) -> int:
+    """How many processes this run is, this one with them. Raises UserError where a launcher has set WORLD_SIZE, but not what they meet by."""
+    size = world_size(environ) or 1
+    if size == 1:
+        return 1
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
+        raise UserError(f"the environment variable WORLD_SIZE = {size} is set without {', '.join(missing)}: each of {size} processes needs its RANK (from 0), "
+                        "and the address of the first and a free port there, all of which torchrun sets; for one process alone unset WORLD_SIZE")
+    rank, port = environ["RANK"], environ["MASTER_PORT"]
+    if not rank.isdecimal() or int(rank) >= size:
+        raise UserError(f"the environment variable RANK = '{rank}': expected a whole number from 0 to {size - 1} (WORLD_SIZE - 1)")
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(f"the environment variable MASTER_PORT = '{port}': expected a port from 1 to 65535")
+    return size
+
+
+def speaks(environ: Mapping[str, str]) -> bool:
+    """Whether this process tells of bad input: the first rank does, and one whose RANK is none of the run's."""
+    rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
+    return not rank.isdecimal() or int(rank) == 0 or (size.isdecimal() and int(rank) >= int(size))
+
+
 def check(config: Any, world_size: int | None = 1) -> None:
     """Everything that can be refused before a model loads; `check_start` adds what a run needs around it. Raises UserError.
 

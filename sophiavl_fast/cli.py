@@ -111,8 +111,9 @@ def _train(a) -> int:
     world = config_checks.launched(os.environ)
     muster.before_it()
     tree = config.load(a.config, a.overrides, world_size=world)
-    config_checks.check_start(tree, os.environ)
-    budget.require(tree, world)
+    with muster.refusals(tree.run.dir):
+        config_checks.check_start(tree, os.environ)
+        budget.require(tree, world)
     if tree.recipe == "sft":
         from sophiavl_fast.recipes.sft import train
     else:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(error: Exception | str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if config_checks.speaks(os.environ):
         print(f"sophiavl-fast: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
@@ -108,11 +108,12 @@ def _train(a) -> int:
     from sophiavl_fast.monitor import budget
     from sophiavl_fast.recipes import muster
 
-    world = config_checks.world_size(os.environ) or 1
+    world = config_checks.launched(os.environ)
     muster.before_it()
     tree = config.load(a.config, a.overrides, world_size=world)
-    config_checks.check_start(tree, os.environ)
-    budget.require(tree, world)
+    with muster.refusals(tree.run.dir):
+        config_checks.check_start(tree, os.environ)
+        budget.require(tree, world)
     if tree.recipe == "sft":
         from sophiavl_fast.recipes.sft import train
     else:

@@ -31,6 +31,28 @@ def world_size(environ: Mapping[str, str]) -> int | None:
     return int(text)
 
 
+def launched(environ: Mapping[str, str]) -> int:
+    """How many processes this run is, this one with them. Raises UserError where a launcher has set WORLD_SIZE, but not what they meet by."""
+    size = world_size(environ) or 1
+    if size == 1:
+        return 1
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
+        raise UserError(f"the environment variable WORLD_SIZE = {size} is set without {', '.join(missing)}: each of {size} processes needs its RANK (from 0), "
+                        "and the address of the first and a free port there, all of which torchrun sets; for one process alone unset WORLD_SIZE")
+    rank, port = environ["RANK"], environ["MASTER_PORT"]
+    if not rank.isdecimal() or int(rank) >= size:
+        raise UserError(f"the environment variable RANK = '{rank}': expected a whole number from 0 to {size - 1} (WORLD_SIZE - 1)")
+    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(f"the environment variable MASTER_PORT = '{port}': expected a port from 1 to 65535")
+    return size
+
+
+def speaks(environ: Mapping[str, str]) -> bool:
+    """Whether this process tells of bad input: the first rank does, and one whose RANK is none of the run's."""
+    rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
+    return not rank.isdecimal() or int(rank) == 0 or (size.isdecimal() and int(rank) >= int(size))
+
+
 def check(config: Any, world_size: int | None = 1) -> None:
     """Everything that can be refused before a model loads; `check_start` adds what a run needs around it. Raises UserError.
 
@@ -92,7 +114,7 @@ def _check_rl(c: Any, replicas: int, world_size: int) -> None:
         raise UserError(f"rollout.transfer = {c.rollout.transfer} needs a GPU; on device: cpu use gloo (or auto)")
     _check_engines(c.rollout, replicas)
     if c.rollout.urls and not c.debug.replay:
-        _check_urls(c.rollout.urls, replicas)
+        _check_urls(c.rollout, replicas)
     if c.rollout.staleness and (c.rollout.engine == "inline" or c.debug.replay):
         holder = "debug.replay starts no engine" if c.debug.replay else "rollout.engine: inline shares the trainer's process"
         raise UserError(f"rollout.staleness = {c.rollout.staleness}, but {holder}; sampling ahead needs rollout.engine: server")
@@ -182,7 +204,8 @@ def _check_engines(r: Any, replicas: int) -> None:
         raise UserError("rollout.transfer = ipc reaches engines on the trainer's own GPU only, but rollout.gpus names others; use nccl")
 
 
-def _check_urls(urls: list[str], replicas: int) -> None:
+def _check_urls(rollout: Any, replicas: int) -> None:
+    urls = rollout.urls
     for url in urls:
         try:
             parts = urlsplit(url)
@@ -191,6 +214,9 @@ def _check_urls(urls: list[str], replicas: int) -> None:
             usable = False
         if not usable:
             raise UserError(f"rollout.urls: '{url}' is no server's URL, such as http://127.0.0.1:8000")
+        if ":" in parts.hostname and not rollout.transfer_host:
+            raise UserError(f"rollout.urls: '{url}' is an IPv6 address, but weights travel by IPv4: name the server by its IPv4 address, "
+                            "or set rollout.transfer_host to this machine's")
     if twice := sorted({url for url in urls if urls.count(url) > 1}):
         raise UserError(f"rollout.urls names '{twice[0]}' twice; each engine is one replica's")
     if len(urls) < replicas:

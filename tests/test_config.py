@@ -75,6 +75,7 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["rollout.urls=['http://h:1/v1']"], "rollout.urls: 'http://h:1/v1' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:1?x']"], "rollout.urls: 'http://h:1?x' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:1','http://h:1']"], "rollout.urls names 'http://h:1' twice"),
+    (GOOD, ["rollout.urls=['http://[::1]:8000']"], "rollout.urls: 'http://[::1]:8000' is an IPv6 address, but weights travel by IPv4"),
     (GOOD, ["rollout.urls=['http://']"], "rollout.urls: 'http://' is no server's URL"),
     (GOOD, ["rollout.urls=[ftp://h:1]"], "rollout.urls: 'ftp://h:1' is no server's URL"),
     (GOOD, ["rollout.urls=['http://h:80a']"], "rollout.urls: 'http://h:80a' is no server's URL"),
@@ -174,6 +175,35 @@ def test_a_number_of_processes_that_is_none(monkeypatch, capsys, text):
     monkeypatch.setenv("WORLD_SIZE", text)
     assert cli.main(["train", str(CONFIGS / "demo.yaml")]) == 2
     assert f"the environment variable WORLD_SIZE = '{text}': expected a whole number of at least 1" in capsys.readouterr().err
+
+
+MEETING = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("change,expected", [
+    ({"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None}, "WORLD_SIZE = 2 is set without RANK, MASTER_ADDR, MASTER_PORT: each of 2 processes"),
+    ({"MASTER_PORT": None, "RANK": "0"}, "WORLD_SIZE = 2 is set without MASTER_PORT"),
+    ({"RANK": "2"}, "RANK = '2': expected a whole number from 0 to 1 (WORLD_SIZE - 1)"),
+    ({"RANK": "first"}, "RANK = 'first': expected a whole number from 0 to 1"),
+    ({"MASTER_PORT": "0", "RANK": "0"}, "MASTER_PORT = '0': expected a port"),
+    ({"MASTER_ADDR": None}, None),        # the first rank says it
+], ids=str)
+def test_processes_that_cannot_meet_are_refused(monkeypatch, capsys, change, expected):
+    """Whoever started them: each would train alone, in the others' folder."""
+    for name, value in (MEETING | change).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert cli.main(["train", str(CONFIGS / "demo.yaml")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (expected is not None) and all(expected in line for line in lines), lines
+
+
+def test_processes_that_can_meet():
+    assert config_checks.launched(MEETING) == 2 and config_checks.launched({}) == config_checks.launched({"WORLD_SIZE": "1"}) == 1
+    assert not config_checks.speaks(MEETING) and config_checks.speaks(MEETING | {"RANK": "0"}) and config_checks.speaks({})
+
+
+def test_a_server_of_an_ipv6_address_needs_the_way_of_its_weights(tmp_path):
+    config.load(write(tmp_path, GOOD), ["rollout.urls=['http://[::1]:8000']", "rollout.transfer_host=10.0.0.1"])
 
 
 def test_train_asks_for_the_token_first(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from sophiavl_fast import config_checks
 from sophiavl_fast.compat.megatron_cpu import without_cuda
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import EngineError, UserError
@@ -117,12 +118,14 @@ class Layout:
 
 
 def open_layout(config: Config) -> Layout:
-    """Join the ranks that torchrun started, or stand alone. Raises UserError for a device that is not there."""
+    """Join the run's other ranks, whoever started them, or stand alone. Raises UserError for a device that is not there."""
     device = choose_device(config.device)
     deadline = timedelta(seconds=config.policy.control_timeout_s)
     owns = not dist.is_initialized()
     if owns:
         _initialise(device, deadline)
+    if (asked := config_checks.world_size(os.environ)) not in (None, dist.get_world_size()):
+        raise UserError(f"the environment variable WORLD_SIZE = {asked}, but the process group that was found has {dist.get_world_size()} processes")
     shape = config.parallel
     with without_cuda(device):
         parallel_state.initialize_model_parallel(
@@ -144,11 +147,13 @@ def open_layout(config: Config) -> Layout:
 
 
 def choose_device(wish: str) -> torch.device:
-    """`auto` takes this rank's GPU where there is one. Raises UserError for cuda without a GPU."""
+    """`auto` takes this rank's GPU where there is one. Raises UserError for cuda without a GPU, and for a rank of several that is not told which."""
     if wish == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda, but this machine shows no CUDA device; use device=cpu or device=auto")
     if wish == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if config_checks.launched(os.environ) > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError("the environment variable LOCAL_RANK is not set: each process of a node needs a number from 0, which is its GPU; torchrun sets it")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False   # convolutions take it by default: fp32 would not be fp32 in vision towers, a judge's included
@@ -157,8 +162,8 @@ def choose_device(wish: str) -> torch.device:
 
 def _initialise(device: torch.device, deadline: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group(backend, timeout=deadline)
+    if config_checks.launched(os.environ) > 1:
+        dist.init_process_group(backend, init_method="env://", timeout=deadline)
     else:  # alone: the store lives in this process, no port is taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=deadline)
 

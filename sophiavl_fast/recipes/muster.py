@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from sophiavl_fast.errors import UserError
+
 PULSE_S = 1.0
 SILENT_PULSES = 5.0      # so many without a change, while everything falls, and a rank counts as gone
 CLOCKS_S = 2.0           # by which clocks of hosts, and of a shared file system, may differ
@@ -30,9 +32,20 @@ LEAVE_S = 20.0           # a failed rank that cannot end its cleanup by then (a 
 
 
 def before_it() -> None:
-    """Let torchrun's SIGTERM wait until this rank has joined, seconds of imports later: a peer that fell meanwhile is told of then."""
+    """Let the launcher's SIGTERM wait until this rank has joined, seconds of imports later: a peer that fell meanwhile is told of then."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+@contextmanager
+def refusals(run_dir: str | Path) -> Iterator[None]:
+    """Around what a rank may refuse before it joins: bad input that only a later rank has, such as a folder missing on its node, must be told too."""
+    try:
+        yield
+    except UserError as error:
+        if not Muster(Path(run_dir), 0.0).refused(error):
+            raise SystemExit(2) from None
+        raise
 
 
 class Muster:
@@ -70,10 +83,7 @@ class Muster:
     def __enter__(self) -> Muster:
         if self.size > 1:
             self._stack[0] = "between phases"
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):
-                if self._told.stat().st_mtime < self._born:
-                    self._told.unlink()
+            self._open()
             self._write()
             self._read_end, write_end = os.pipe()
             os.set_blocking(write_end, False)
@@ -86,8 +96,6 @@ class Muster:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         """A failure that no other rank began is told here and ends the process; the first rank's bad input is the command line's to tell."""
         if self.size > 1:
-            from sophiavl_fast.errors import UserError
-
             self._ended = kind is None
             if kind and not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
                 if not self._note["failed"]:
@@ -98,17 +106,28 @@ class Muster:
             if isinstance(error, UserError) and self.rank == 0:
                 self._first()
 
+    def refused(self, error: UserError) -> bool:
+        """Note bad input met before joining; whoever has joined tells of it. The first rank's is the command line's to tell: False where another's was told."""
+        if self.size == 1:
+            return True
+        with suppress(OSError):
+            self._open()
+        if self.rank == 0:
+            return self._first()
+        self._write(failed=" ".join(f"{type(error).__name__}: {error}".split())[:2000], left="told")
+        return True
+
     def tell(self) -> None:
         """Write the job's one line, unless another rank has."""
         culprit = self._culprit()
         if culprit and self._first():
-            who = f"rank {culprit['rank']} (pid {culprit['pid']} on {culprit['host']})"
+            who = f"rank {culprit['rank']}" + (f" (pid {culprit['pid']} on {culprit['host']})" if culprit["pid"] else "")
             where = f"in {culprit['phase']}" + (f" of step {culprit['step']}" if culprit["step"] else "")
             how = f"failed {where}: {culprit['failed']}" if culprit["failed"] else f"{culprit['how']}, last seen {where}"
             print(f"sophiavl-fast: {who} {how}; the job ends, `train` with run.resume=auto goes on from the newest checkpoint", file=sys.stderr, flush=True)
 
     def _culprit(self) -> dict[str, Any] | None:
-        """The rank that fell first: one that ended without a word, one that failed of itself, one whose pulse stands still, this one."""
+        """The rank that fell first: one that ended without a word, one that failed of itself, one whose pulse stands still, one never seen, this one."""
         first, began = self._others(), time.monotonic()
         while True:
             others = self._others()
@@ -126,7 +145,18 @@ class Muster:
         still = [n for n in others if not n["left"] and not n["failed"] and n["pulse"] == pulses.get(n["rank"])]
         if still:
             return still[0] | {"how": "is silent"}
+        absent = set(range(1, self.size)) - {self.rank} - {n["rank"] for n in others}
+        if absent and self._note["step"] <= 1:    # later on all have joined
+            how = f"had not joined the run: no note of it in '{self._folder}' (has it the same configuration and run.dir?)"
+            return {"rank": min(absent), "pid": 0, "failed": "", "how": how, "phase": "the start", "step": 0}
         return min(failed, key=lambda n: n["failed_at"]) if failed else None
+
+    def _open(self) -> None:
+        """Make the folder, and forget what an earlier attempt told."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            if self._told.stat().st_mtime < self._born:
+                self._told.unlink()
 
     def _others(self) -> list[dict[str, Any]]:
         found = []

@@ -30,15 +30,16 @@ from sophiavl_fast.monitor import Progress, RunLog, memory, summary, write_repor
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.recipes import judge_server, preflight, probe, ranks, samples, sampling, setup
 from sophiavl_fast.recipes.ahead import Ahead
-from sophiavl_fast.recipes.muster import Muster
+from sophiavl_fast.recipes.muster import Muster, refusals
 from sophiavl_fast.recipes.rooms import Rooms, open_rooms
 
 
 def train(config: Config) -> int:
     """Run the recipe to run.steps; returns the exit code. Goes on from the newest checkpoint unless run.resume says never."""
     run_dir = Path(config.run.dir)
-    found = setup.resume_point(config)
-    setup.refuse_unreadable(config)
+    with refusals(run_dir):
+        found = setup.resume_point(config)
+        setup.refuse_unreadable(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase

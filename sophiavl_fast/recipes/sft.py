@@ -23,15 +23,16 @@ from sophiavl_fast.monitor import Progress, memory, write_report
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
 from sophiavl_fast.recipes import preflight, ranks, setup
-from sophiavl_fast.recipes.muster import Muster
+from sophiavl_fast.recipes.muster import Muster, refusals
 from sophiavl_fast.types import Group, Prompt, Response
 
 
 def train(config: Config) -> int:
     """Run `run.steps` optimizer steps of `sft.batch_size` records; returns the exit code."""
     run_dir = Path(config.run.dir)
-    found = setup.resume_point(config)
-    setup.refuse_unreadable(config)
+    with refusals(run_dir):
+        found = setup.resume_point(config)
+        setup.refuse_unreadable(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "SFT"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase

@@ -21,7 +21,7 @@ from sophiavl_fast.errors import EngineError, EngineLost, UserError
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.engine import Collected, Decode, OnGroup, OnProgress, Sample, Sampling, check_fits, check_prompt_ids
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
-from sophiavl_fast.rollout.pool import Engine, Pool
+from sophiavl_fast.rollout.pool import Picked, Pool
 from sophiavl_fast.rollout.server import Server, authorization
 from sophiavl_fast.rollout.transfer import Transfer
 from sophiavl_fast.rollout.transfer.control import Channel
@@ -131,34 +131,33 @@ class ServerRollout:
     async def _ask(self, client: httpx.AsyncClient, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         """A prompt's samples, from whichever engine lives to answer: seeds make every one of them answer alike."""
         while True:
-            while (engine := self._pool.pick()) is None:
+            while (picked := self._pool.pick()) is None:
                 await asyncio.sleep(PICK_S)
-            life = engine.life
-            self._pool.carry(engine, 1)
+            self._pool.carry(picked, 1)
             try:
-                return await self._ask_engine(client, engine, prompt, sampling)
+                return await self._ask_engine(client, picked, prompt, sampling)
             except EngineLost as why:
-                self._pool.lose(engine, life, why)
+                self._pool.lose(picked.engine, picked.life, why)
                 self._pool.redo()
             finally:
-                if engine.life == life:
-                    self._pool.carry(engine, -1)
+                self._pool.carry(picked, -1)
 
-    async def _ask_engine(self, client: httpx.AsyncClient, engine: Engine, prompt: Prompt, sampling: Sampling) -> list[Sample]:
+    async def _ask_engine(self, client: httpx.AsyncClient, picked: Picked, prompt: Prompt, sampling: Sampling) -> list[Sample]:
         body = {"model": "policy", "token_ids": prompt.token_ids, "return_token_ids": True,
                 "sampling_params": sampling.arguments(prompt, self._stop_ids)}
         if prompt.images:
             body["content_parts"] = [{"type": "image_url", "url": data_url(image)} for image in prompt.images]
-        answer = await self._post(client, engine, prompt, body)
+        answer = await self._post(client, picked, prompt, body)
         check_prompt_ids(prompt, answer["prompt_token_ids"])
-        return [self._sample(choice, engine.url) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
+        return [self._sample(choice, picked.control.url) for choice in sorted(answer["choices"], key=lambda c: c["index"])]
 
-    async def _post(self, client: httpx.AsyncClient, engine: Engine, prompt: Prompt, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, client: httpx.AsyncClient, picked: Picked, prompt: Prompt, body: dict[str, Any]) -> dict[str, Any]:
         """Seeds make a request repeatable, so a broken connection is tried again; a deadline or an error status is not."""
-        name, control, life = engine.name, engine.control, engine.life
+        engine, life, control = picked
+        name = control.name
         for attempt in range(RETRIES + 1):
             try:
-                response = await client.post(f"{engine.url}/inference/v1/generate", json=body)
+                response = await client.post(f"{control.url}/inference/v1/generate", json=body)
             except httpx.TimeoutException:
                 raise EngineLost(f"{name} did not answer prompt '{prompt.id}' within {self._config.request_timeout_s:g} s "
                                  f"during generate{control.diagnosis()}") from None
@@ -215,10 +214,13 @@ def open_channel(backend: str, control: HttpControl, rollout: Rollout, gpu: int 
 
 
 def own_address(url: str) -> str:
-    """The address of this machine on the way to the server."""
+    """The address of this machine on the way to the server. By IPv4: vLLM's nccl rendezvous knows no other. Raises UserError where the server has none."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))   # sends nothing
+        try:
+            probe.connect((parts.hostname, parts.port or 80))   # sends nothing
+        except socket.gaierror:
+            raise UserError(f"rollout.urls: '{url}' has no IPv4 address for weights to travel by; set rollout.transfer_host to this machine's") from None
         return probe.getsockname()[0]
 
 

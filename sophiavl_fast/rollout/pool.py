@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from sophiavl_fast.errors import EngineError, EngineLost
 from sophiavl_fast.rollout.server import Server
@@ -49,6 +49,14 @@ class Engine:
         return self.lane.control
 
 
+class Picked(NamedTuple):
+    """An engine to be asked, and the way to it in the life it was picked in: whatever becomes of the engine meanwhile."""
+
+    engine: Engine
+    life: int
+    control: HttpControl
+
+
 class Pool:
     """start(index): spawns the server of that number. control, channel: the ways to an engine that answers. nonce: the run's."""
 
@@ -74,15 +82,16 @@ class Pool:
                 engine.url, engine.state = engine.server.url, "up"
             else:
                 self._control(engine).wait_ready(self._start_timeout_s, on_wait)
-            self._connect(engine)
+            self._connect(engine, engine.life)
 
-    def pick(self) -> Engine | None:
+    def pick(self) -> Picked | None:
         """The least loaded engine that may sample. Raises EngineError where none can any more."""
         with self._lock:
             self.refuse_closed()
             ready = [e for e in self.engines if e.state == "ready"]
             if ready:
-                return min(ready, key=lambda e: e.load)
+                engine = min(ready, key=lambda e: e.load)
+                return Picked(engine, engine.life, engine.control)
             self.refuse_hopeless()
         return None
 
@@ -131,16 +140,16 @@ class Pool:
     def tend(self, transfer: Transfer) -> None:
         """Give the current weights to engines that answer again. In the thread and at a time at which the source may be read."""
         if self._source is not None and any(e.state == "up" for e in self.engines):
-            self._send(transfer, [e for e in self.engines if e.state == "up"])
+            self._send(transfer, lambda e: e.state == "up")
 
     def send(self, transfer: Transfer, source: WeightSource, version: int) -> dict[str, float]:
         """New weights to every engine there is; returns when at least one has them. Raises EngineError when none is left."""
         self._source, self._version = source, version
         self.check("weight transfer (before its start)")
         while True:
-            if times := self._send(transfer, [e for e in self.engines if e.state in ("up", "ready")]):
+            if times := self._send(transfer, _answers):
                 return times
-            while not any(e.state in ("up", "ready") for e in self.engines):
+            while not any(_answers(e) for e in self.engines):
                 self.refuse_hopeless()
                 time.sleep(WAIT_S)
 
@@ -148,7 +157,7 @@ class Pool:
         """Send every engine to sleep; one that is being started anew is waited for, since it would take its memory in the midst of what needs it.
         Raises EngineError when none is left."""
         while not all(e.state == "lost" or (e.lane and e.lane.asleep) for e in self.engines):
-            self._told(transfer.sleep, [e for e in self.engines if e.state in ("up", "ready")])
+            self._told(transfer.sleep, _answers)
             while any(e.state == "starting" for e in self.engines):
                 time.sleep(WAIT_S)
         if all(e.state == "lost" for e in self.engines):
@@ -156,12 +165,13 @@ class Pool:
 
     def wake(self, transfer: Transfer) -> None:
         """Undo `sleep` without new weights."""
-        self._told(transfer.wake, [e for e in self.engines if e.state in ("up", "ready") and e.lane and e.lane.asleep])
+        self._told(transfer.wake, lambda e: _answers(e) and e.lane is not None and e.lane.asleep)
 
-    def carry(self, engine: Engine, requests: int) -> None:
-        """Note that the engine has so many more requests to answer, or fewer; from any thread."""
+    def carry(self, picked: Picked, requests: int) -> None:
+        """Note that the engine has so many more requests to answer in that life, or fewer; from any thread."""
         with self._lock:
-            engine.load += requests
+            if picked.engine.life == picked.life:
+                picked.engine.load += requests
 
     def redo(self) -> None:
         """Count a request that is asked again."""
@@ -184,48 +194,59 @@ class Pool:
             if engine.server:
                 engine.server.close()
 
-    def _send(self, transfer: Transfer, engines: list[Engine]) -> dict[str, float]:
+    def _send(self, transfer: Transfer, wanted: Callable[[Engine], bool]) -> dict[str, float]:
         """The source's weights to these engines; {} where none has them now."""
-        lives, lanes = self._lanes(engines)
+        lives, lanes = self._lanes(wanted)
+        lanes = {lane: e for lane, e in lanes.items() if self._mark(e, lives[e], "up")}     # half old, half new until the end
         if not lanes:
             return {}
         assert self._source is not None
-        for engine in lanes.values():
-            engine.state = "up"     # half old, half new until the end
         times, lost = transfer.send(list(lanes), self._source, self._version)
         for lane, engine in lanes.items():
             if lane in lost:
                 self.lose(engine, lives[engine], lost[lane])
-            elif engine.life == lives[engine]:
-                engine.state = "ready"
+            else:
+                self._mark(engine, lives[engine], "ready")
         return times if len(lost) < len(lanes) else {}
 
-    def _told(self, call: Callable[[list[Lane]], dict[Lane, EngineLost]], engines: list[Engine]) -> None:
+    def _mark(self, engine: Engine, life: int, state: Literal["up", "ready"]) -> bool:
+        """Give the engine this state; False where it was lost since, in any thread, and keeps the state of its next life."""
+        with self._lock:
+            if engine.life == life:
+                engine.state = state
+            return engine.life == life
+
+    def _told(self, call: Callable[[list[Lane]], dict[Lane, EngineLost]], wanted: Callable[[Engine], bool]) -> None:
         """Do it with these engines' lanes, and lose those that it loses."""
-        lives, lanes = self._lanes(engines)
+        lives, lanes = self._lanes(wanted)
         for lane, why in call(list(lanes)).items() if lanes else ():
             self.lose(lanes[lane], lives[lanes[lane]], why)
 
-    def _lanes(self, engines: list[Engine]) -> tuple[dict[Engine, int], dict[Lane, Engine]]:
+    def _lanes(self, wanted: Callable[[Engine], bool]) -> tuple[dict[Engine, int], dict[Lane, Engine]]:
         """These engines' lives, and the ways to those of them that can be reached."""
-        lives = {e: e.life for e in engines}
-        for engine in engines:
+        with self._lock:
+            lives = {e: e.life for e in self.engines if wanted(e)}
+        for engine, life in lives.items():
             try:
                 if engine.lane is None:
-                    self._connect(engine)
+                    self._connect(engine, life)
             except EngineLost as why:
-                self.lose(engine, lives[engine], why)
-        return lives, {e.lane: e for e in engines if e.lane and e.life == lives[e]}
+                self.lose(engine, life, why)
+        with self._lock:
+            return lives, {e.lane: e for e, life in lives.items() if e.lane and e.life == life}
 
-    def _connect(self, engine: Engine) -> None:
+    def _connect(self, engine: Engine, life: int) -> None:
         """Claim the engine for this run and open the way for weights. A spawned one holds version 0, model.path's."""
         control = self._control(engine)
         control.rpc("sophia_claim", self._nonce, self._banned_ids)
         if engine.server:
             control.label(f"{self._nonce}:0")
-        engine.lane = Lane(control, self._channel(control))
-        if engine.server and self._source is None:
-            engine.state = "ready"
+        lane = Lane(control, self._channel(control))
+        with self._lock:
+            if engine.life == life:
+                engine.lane, engine.state = lane, "ready" if engine.server and self._source is None else "up"
+                return
+        close(lane)
 
     def _revive(self, engine: Engine, lane: Lane | None) -> None:
         """In a thread of its own: end what is left of the old server, start another."""
@@ -239,9 +260,9 @@ class Pool:
             engine.server.wait_ready(self._start_timeout_s)
             engine.url = engine.server.url
             if self._source is None:
-                self._connect(engine)
+                self._connect(engine, life)
             else:
-                engine.state = "up"
+                self._mark(engine, life, "up")
         except Exception as error:
             self.lose(engine, life, error if isinstance(error, EngineLost) else EngineLost(f"{engine.name} did not start again: {error}"))
 
@@ -257,6 +278,10 @@ def close(lane: Lane) -> None:
     lane.channel.close()
     if isinstance(lane.control, HttpControl):
         lane.control.close()
+
+
+def _answers(engine: Engine) -> bool:
+    return engine.state in ("up", "ready")
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,5 @@
 """When one rank of a job falls: one line that names it and its phase, and nobody is left."""
+import json
 import os
 import signal
 import subprocess
@@ -77,3 +78,33 @@ def test_without_their_launcher_they_end(tmp_path):
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
     job.communicate(timeout=60)
+
+
+def refuse(tmp_path: Path, first: str, second: str) -> list[str]:
+    """Our own lines of a `train` whose first and second rank get these overrides."""
+    from sophiavl_fast.data.demo import tiny_model
+
+    tiny_model.build(tmp_path / "tiny", 0)
+    record = {"problem_id": 0, "problem": "sum?", "problem_type": "numerical", "solution": "<answer>3</answer>", "path": ""}
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(record | {"problem_id": i}) + "\n" for i in range(8)))
+    (tmp_path / "registry.json").write_text(json.dumps({"mine": {"file_path": "set.jsonl"}}))
+    command = (f"exec {sys.executable} -m sophiavl_fast train configs/demo.yaml device=cpu rollout.engine=server thinking.backend=off eval.every=0 "
+               f"data.train=mine data.registry={tmp_path}/registry.json run.dir={tmp_path}/run model.path={tmp_path}/tiny")
+    script = tmp_path / "train.sh"
+    script.write_text(f'cd {ROOT}\n[ "$RANK" = 1 ] && set -- {second} || set -- {first}\n{command} "$@"\n')
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "bash", str(script)],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return end_of(job)
+
+
+@pytest.mark.parametrize("fault, words", [("run.resume=nowhere", "run.resume = 'nowhere'"), ("memory.fraction=1e-9", "does not fit"),
+                                          ("rollot.n=2", "had not joined the run")])
+def test_bad_input_of_a_later_rank_alone_is_told_once(tmp_path, fault, words):
+    """Such as a folder that is missing on its node: before it has joined, and before its run.dir is known."""
+    lines = refuse(tmp_path, "", fault)
+    assert len(lines) == 1 and lines[0].startswith("sophiavl-fast: rank 1 ") and words in lines[0], lines
+
+
+def test_bad_input_of_all_ranks_is_told_by_the_first(tmp_path):
+    lines = refuse(tmp_path, "run.resume=nowhere", "run.resume=nowhere")
+    assert len(lines) == 1 and lines[0].startswith("sophiavl-fast: run.resume = 'nowhere'"), lines

@@ -1,8 +1,11 @@
 """An engine that another thread has given up meanwhile is a lost one, not an accident."""
 import pytest
 
-from sophiavl_fast.errors import EngineLost
+from sophiavl_fast.errors import EngineLost, UserError
+from sophiavl_fast.rollout.client import own_address
+from sophiavl_fast.rollout.pool import Pool
 from sophiavl_fast.rollout.server import pick_port
+from sophiavl_fast.rollout.transfer import Lane, Transfer
 from sophiavl_fast.rollout.transfer.gloo import GlooChannel
 from sophiavl_fast.rollout.transfer.http import HttpControl
 
@@ -22,3 +25,46 @@ def test_a_closed_group_is_a_lost_engine():
     channel.close()
     with pytest.raises(EngineLost, match="was given up before the weight transfer"):
         channel.send([])
+
+
+@pytest.fixture
+def pool():
+    """Two engines found running, which have this run's weights; nobody listens there any more."""
+    found = Pool(2, [f"http://127.0.0.1:{pick_port(0)}" for _ in range(2)], start=None, control=lambda e: HttpControl(e.url, "token", 5.0, None), channel=None,
+                 nonce="n", banned_ids=[], max_restarts=3, start_timeout_s=5.0)
+    for engine in found.engines:
+        channel = GlooChannel.__new__(GlooChannel)
+        engine.lane, engine.state = Lane(HttpControl(engine.url, "token", 5.0, None), channel), "ready"
+    yield found
+    found.close()
+
+
+def test_a_picked_engine_keeps_the_way_to_it_and_its_next_life_is_not_burdened(pool):
+    picked = pool.pick()
+    engine = picked.engine
+    pool.lose(engine, engine.life, EngineLost("died meanwhile"))
+    assert picked.control.url == engine.url and engine.life == picked.life + 1
+    pool.carry(picked, 1)
+    assert engine.load == 0 and pool.pick().engine is not engine
+
+
+def test_an_engine_lost_as_a_transfer_begins_stays_lost(pool, monkeypatch):
+    """By another thread, such as that of a rollout ahead."""
+    lanes = pool._lanes
+
+    def losing(*arguments):
+        found = lanes(*arguments)
+        for engine in pool.engines:
+            pool.lose(engine, 0, EngineLost("died meanwhile"))
+        return found
+
+    monkeypatch.setattr(pool, "_lanes", losing)
+    with pytest.raises(EngineLost, match=r"^died meanwhile$"):
+        pool.send(Transfer(nonce="n", checksums=False), object(), 1)
+    assert [(e.state, e.life) for e in pool.engines] == [("lost", 1)] * 2
+
+
+def test_a_server_without_an_ipv4_address_is_one_line():
+    assert own_address("http://127.0.0.1:8000") == "127.0.0.1"
+    with pytest.raises(UserError, match=r"^rollout.urls: 'http://\[::1\]:8000' has no IPv4 address .*; set rollout.transfer_host to this machine's$"):
+        own_address("http://[::1]:8000")

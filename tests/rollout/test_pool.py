@@ -2,10 +2,12 @@
 answers, the engine back with the current weights. Then the same where no restart is left: one error."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
 import signal
+import threading
 import time
 
 import httpx
@@ -172,9 +174,9 @@ def test_long_responses_do_not_hold_short_ones_up(pool, many, model):
     asked: list = []
     plain = pool._ask_engine
 
-    async def noting(client, engine, prompt, sampling):
-        asked.append(engine)
-        return await plain(client, engine, prompt, sampling)
+    async def noting(client, picked, prompt, sampling):
+        asked.append(picked.engine)
+        return await plain(client, picked, prompt, sampling)
 
     pool._ask_engine = noting
     try:
@@ -183,6 +185,76 @@ def test_long_responses_do_not_hold_short_ones_up(pool, many, model):
         slow.load -= 5
         pool._ask_engine = plain
     assert asked[:5] == [fast] * 5 and slow in asked[5:] and slow.load == fast.load == 0
+
+
+class Picture:
+    """An image that takes long to encode: meanwhile the engine it was to be sent to is lost."""
+
+    def __init__(self, image, deed) -> None:
+        self._image, self._deed = image, deed
+
+    def __getattr__(self, name):
+        return getattr(self._image, name)
+
+    def save(self, *arguments, **options) -> None:
+        self._deed()
+        self._image.save(*arguments, **options)
+
+
+def test_an_engine_lost_by_another_thread_before_its_request_is_sent(pool, many, model):
+    """As in a run ahead of the policy, whose main thread looks after the engines meanwhile."""
+    settle(pool)
+    pool.send(tiny.Weights(model), 40)
+    expected = answers(pool.generate(many[1:2], **HOT))
+    pool.counters()
+    victim = min(pool._pool.engines, key=lambda e: e.load)      # the one that a first request is given
+
+    def deed() -> None:
+        if not struck:
+            struck.append(strike(victim, "API server", "KILL"))
+            while victim.state == "ready":
+                time.sleep(0.05)
+
+    struck: list[int] = []
+    stop = threading.Event()
+    main = threading.Thread(target=lambda: [pool._pool.check("the time between requests") for _ in iter(lambda: stop.wait(0.05), True)])
+    main.start()
+    try:
+        groups = pool.generate([dataclasses.replace(many[1], images=[Picture(i, deed) for i in many[1].images])], **HOT)
+    finally:
+        stop.set()
+        main.join()
+    found = pool.counters()
+    assert struck and answers(groups) == expected and found["restarts"] == found["redone"] == 1 and all(e.load == 0 for e in pool._pool.engines)
+
+
+def test_an_engine_lost_by_another_thread_as_a_transfer_begins_costs_one_restart(pool, many, model):
+    settle(pool)
+    pool.counters()
+    victim = pool._pool.engines[0]
+    states: list[str] = []
+
+    def lose() -> None:
+        if not states:
+            strike(victim, "API server", "KILL")
+            while not victim.server.trouble():
+                time.sleep(0.05)
+            pool._pool.check("the time between requests")
+            states.append(victim.state)
+
+    lanes = pool._pool._lanes
+
+    def losing(*arguments):
+        found = lanes(*arguments)
+        lose()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool._pool, "_lanes", losing)
+        pool.send(tiny.Weights(model), 41)
+        assert states == [victim.state] == ["starting"]
+    settle(pool)
+    assert pool.counters()["restarts"] == 1 and len(pool.generate(many[:4], **HOT)) == 4
 
 
 def test_without_a_restart_left_the_error_is_one_line(pool, many, model):

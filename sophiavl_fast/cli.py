@@ -155,5 +155,7 @@ def _doctor(a) -> int:
 
 def _data_check(a) -> int:
     from sophiavl_fast.data.check import command
+    from sophiavl_fast.evaluate.records import refuse_unusable
 
-    return command(a.name, registry=a.registry, model=a.model, templates=a.templates, min_pixels=a.min_pixels, max_pixels=a.max_pixels)
+    return command(a.name, registry=a.registry, model=a.model, templates=a.templates, min_pixels=a.min_pixels, max_pixels=a.max_pixels,
+                   check=refuse_unusable)

@@ -16,7 +16,7 @@ TYPES = ("numerical", "multiple_choice", "ocr", "free_form", "text")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 an engine failed, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 an engine failed, 2 bad input or a file that cannot be used, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     quiet()
     try:
@@ -27,14 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         _say(error)
         return 1
+    except OSError as error:  # nobody else has a better line for it: a full disk, a folder without permission
+        _say(f"{type(error).__name__}: {error}", every_rank=True)
+        return 2
     except KeyboardInterrupt:
         _say("interrupted; `train` with run.resume=auto goes on from the newest checkpoint")
         return 130
 
 
-def _say(error: Exception | str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"sophiavl-fast: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def _say(error: Exception | str, *, every_rank: bool = False) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or every_rank:
+        print(f"sophiavl-fast: {f'rank {rank}: ' * (rank != '0')}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +47,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _usage(prog: str, message: str) -> int:
-    print(f"{prog}: {message}; see {prog} --help", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {message}; see {prog} --help", file=sys.stderr)
     return 2
 
 

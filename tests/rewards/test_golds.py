@@ -11,14 +11,15 @@ PLAIN, LETTERED = ("w", "x", "y", "z"), ("A. cat", "B. dog", "C. A bird", "D. 12
 
 @pytest.mark.parametrize("gold,options,answer", [
     ("A", LETTERED, "A"), ("B", LETTERED, "dog"), ("C. A bird", LETTERED, "C"), ("a bird", LETTERED, "C"), ("12 cm", LETTERED, "D"), ("(D)", PLAIN, "D"),
-    ("A, B", PLAIN, "A and B"), ("ABD", PLAIN, "A, B, D"), ("A and C", LETTERED, "AC"), ("b", PLAIN, "x"), ("x", PLAIN, "B"), ("$B$", PLAIN, "B"),
+    ("A, B", PLAIN, "A and B"), ("ABD", PLAIN, "A, B, D"), ("A and C", LETTERED, "AC"), ("b", PLAIN, "x"), ("B. a hound", LETTERED, "B"),
+    ("x", PLAIN, "B"), ("$B$", PLAIN, "B"),
     (r"\boxed{B}", PLAIN, "B"), ("The answer is B.", PLAIN, "B"), ("2", ("1", "2"), "B"), ("No", ("Yes", "No"), "B"), ("E", (), "E"), ("a word", (), "a word")])
 def test_what_an_answer_can_match(gold, options, answer):
     refuse_unmatchable("multiple_choice", gold, options)
     assert grade(Task("multiple_choice", answer, gold, options)) == 1.0
 
 
-@pytest.mark.parametrize("gold,options", [("2", PLAIN), ("E", PLAIN), ("foo", PLAIN), ("A,E", PLAIN), ("E. cat", LETTERED), ("bird", LETTERED),
+@pytest.mark.parametrize("gold,options", [("2", PLAIN), ("E", PLAIN), ("foo", PLAIN), ("A,E", PLAIN), ("E. cat", LETTERED), ("fish", LETTERED),
                                           ("A or\nB", PLAIN)])
 def test_a_choice_that_is_none_of_the_options(gold, options):
     assert not any(grade(Task("multiple_choice", letter, gold, options)) for letter in "ABCD")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ TYPES = ("numerical", "multiple_choice", "ocr", "free_form", "text")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 an engine failed, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 an engine failed, 2 bad input or a file that cannot be used, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     quiet()
     try:
@@ -27,14 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         _say(error)
         return 1
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise   # no file's: a lost connection or a timeout is ours to look into
+        _say(f"{type(error).__name__}: {error}", every_rank=True)   # a full disk, a folder without permission
+        return 2
     except KeyboardInterrupt:
         _say("interrupted; `train` with run.resume=auto goes on from the newest checkpoint")
         return 130
 
 
-def _say(error: Exception | str) -> None:
-    if config_checks.speaks(os.environ):
-        print(f"sophiavl-fast: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def _say(error: Exception | str, *, every_rank: bool = False) -> None:
+    speaks = config_checks.speaks(os.environ)
+    if speaks or every_rank:
+        rank = "" if speaks else f"rank {os.environ['RANK']}: "
+        print(f"sophiavl-fast: {rank}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +51,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _usage(prog: str, message: str) -> int:
-    print(f"{prog}: {message}; see {prog} --help", file=sys.stderr)
+    if config_checks.speaks(os.environ):
+        print(f"{prog}: {message}; see {prog} --help", file=sys.stderr)
     return 2
 
 
@@ -156,5 +165,7 @@ def _doctor(a) -> int:
 
 def _data_check(a) -> int:
     from sophiavl_fast.data.check import command
+    from sophiavl_fast.evaluate.records import refuse_unusable
 
-    return command(a.name, registry=a.registry, model=a.model, templates=a.templates, min_pixels=a.min_pixels, max_pixels=a.max_pixels)
+    return command(a.name, registry=a.registry, model=a.model, templates=a.templates, min_pixels=a.min_pixels, max_pixels=a.max_pixels,
+                   check=refuse_unusable)

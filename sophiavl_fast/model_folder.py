@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,43 @@ FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
 def refuse_missing(path: str | Path, option: str = "model.path") -> None:
     """UserError for a folder that holds no model, with the nearest that does; option: the key that names it, "" where none does."""
     folder = Path(path)
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         return
-    beside = [str(p) for p in folder.parent.iterdir() if (p / "config.json").is_file()] if folder.parent.is_dir() else []
-    hint = nearest(str(folder), beside) or "; name a Hugging Face model folder"
+    hint = nearest(str(folder), _beside(folder)) or "; name a Hugging Face model folder"
     raise UserError(f"{f'{option} = ' * bool(option)}'{folder}' is no model folder (no config.json){hint}")
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def _beside(folder: Path) -> list[str]:
+    """Model folders next to this one, of those that may be looked into."""
+    try:
+        return [str(p) for p in folder.parent.iterdir() if os.path.isfile(p / "config.json")]
+    except OSError:
+        return []
+
+
+def read(path: str | Path, option: str = "model.path") -> dict[str, Any]:
     """config.json as it lies there. Raises UserError where it is missing, cannot be read or is no JSON object."""
     folder = Path(path)
-    refuse_missing(folder)
+    refuse_missing(folder, option)
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path = '{folder}': config.json cannot be read: {error}; download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{option} = '{folder}': config.json cannot be read: {error}; download it again") from None
     if not isinstance(found, dict):
-        raise UserError(f"model.path = '{folder}': config.json holds {'null' if found is None else f'a {type(found).__name__}'} instead of an object; "
+        raise UserError(f"{option} = '{folder}': config.json holds {'null' if found is None else f'a {type(found).__name__}'} instead of an object; "
                         "download it again")
     return found
 
 
 def longest(path: str | Path) -> int:
-    """The longest sequence that config.json allows the language model. Raises UserError where it cannot be read."""
+    """The longest sequence that config.json allows the language model; 2^30 where it names none. Raises UserError where it cannot be read."""
     found = read(path)
     text = found.get("text_config")
-    return int((found | text if isinstance(text, dict) else found).get("max_position_embeddings", 1 << 30))
+    parts = (text, found) if isinstance(text, dict) else (found,)
+    value = next((part["max_position_embeddings"] for part in parts if part.get("max_position_embeddings") is not None), 1 << 30)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"model.path = '{path}': config.json: max_position_embeddings = {value!r}; expected a whole number of tokens, at least 1")
+    return value
 
 
 def open_config(path: str | Path) -> Any:
@@ -53,13 +65,33 @@ def open_config(path: str | Path) -> Any:
         raise UserError(f"model.path = '{path}': config.json cannot be used: {' '.join(str(error).split())[:300]}") from None
 
 
-def refuse_partial(path: str | Path) -> None:
+def open_model(path: str | Path, option: str = "model.path", **how: Any) -> Any:
+    """AutoModelForImageTextToText of the folder on the CPU; no code of the folder is run.
+
+    how: for from_pretrained. Raises UserError, whatever it is that transformers refuses, and where weights are missing or of other shapes than
+    config.json says, which transformers would draw at random.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        opened: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                                                                  ignore_mismatched_sizes=True, **how)
+    except Exception as error:  # validators raise classes of their own
+        raise UserError(f"{option} = '{path}': transformers cannot load it: {' '.join(str(error).split())[:300]}") from None
+    model, found = opened
+    odd = sorted(found["missing_keys"]) + sorted(str(name) for name, *_ in found["mismatched_keys"])
+    if odd:
+        raise UserError(f"{option} = '{path}': {len(odd)} weights are missing or of another shape than config.json says, such as '{odd[0]}'; {AGAIN}")
+    return model
+
+
+def refuse_partial(path: str | Path, option: str = "model.path") -> None:
     """UserError where config.json does not describe both the language model and the vision tower: defaults would be of another size."""
-    found = read(path)
+    found = read(path, option)
     text = isinstance(found.get("text_config"), dict) or "hidden_size" in found  # older folders hold the text model's fields at the top
     missing = [name for name, there in (("text_config", text), ("vision_config", isinstance(found.get("vision_config"), dict))) if not there]
     if missing:
-        raise UserError(f"model.path = '{path}': config.json lacks {' and '.join(missing)}; download the whole Hugging Face folder")
+        raise UserError(f"{option} = '{path}': config.json lacks {' and '.join(missing)}; download the whole Hugging Face folder")
 
 
 def refuse_quantised(path: str | Path) -> None:
@@ -69,41 +101,41 @@ def refuse_quantised(path: str | Path) -> None:
                         "which cannot be trained; dequantise them to bfloat16 first or name the folder they were made from")
 
 
-def refuse_unreadable(path: str | Path) -> None:
+def refuse_unreadable(path: str | Path, option: str = "model.path") -> None:
     """UserError where config.json lacks a part, a weight file is missing or cut short, or weights are codes and config.json does not say of what.
 
     Headers alone are read. What an engine can use is not refused: quantised weights that config.json describes.
     """
     folder = Path(path)
-    refuse_partial(folder)
-    described = _method(read(folder)) is not None
-    for file in sorted(set(tensor_files(folder).values())):
-        codes = [(name, entry["dtype"]) for name, entry in header(folder / file).items() if name.endswith(".weight") and entry["dtype"] not in FLOATS]
+    refuse_partial(folder, option)
+    described = _method(read(folder, option)) is not None
+    for file in sorted(set(tensor_files(folder, option).values())):
+        codes = [(name, entry["dtype"]) for name, entry in header(folder / file, option).items() if name.endswith(".weight") and entry["dtype"] not in FLOATS]
         if codes and not described:
-            raise UserError(f"model.path = '{folder}': tensor '{codes[0][0]}' is {codes[0][1]} in {file} ({len(codes)} such in it), and config.json has no "
+            raise UserError(f"{option} = '{folder}': tensor '{codes[0][0]}' is {codes[0][1]} in {file} ({len(codes)} such in it), and config.json has no "
                             "quantization_config; dequantise the weights to bfloat16 first")
 
 
-def tensor_files(folder: Path) -> dict[str, str]:
+def tensor_files(folder: Path, option: str = "model.path") -> dict[str, str]:
     """Tensor name -> safetensors file. Raises UserError for an index that cannot be read or names a file that is not there, and for a folder of no weights."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
-            raise UserError(f"model.path = '{folder}': no model.safetensors there; convert the weights to safetensors first")
-        return dict.fromkeys(header(folder / "model.safetensors"), "model.safetensors")
+            raise UserError(f"{option} = '{folder}': no model.safetensors there; convert the weights to safetensors first")
+        return dict.fromkeys(header(folder / "model.safetensors", option), "model.safetensors")
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(files.values()))
         absent = [name for name in names if not (folder / name).is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.path = '{folder}': {index.name} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from None
+        raise UserError(f"{option} = '{folder}': {index.name} cannot be used ({type(error).__name__}: {error}); {AGAIN}") from None
     if absent:
-        raise UserError(f"model.path = '{folder}': {index.name} names '{absent[0]}', which is not there ({len(absent)} of {len(names)} files are "
+        raise UserError(f"{option} = '{folder}': {index.name} names '{absent[0]}', which is not there ({len(absent)} of {len(names)} files are "
                         f"missing); {AGAIN}")
     return files
 
 
-def header(file: Path) -> dict[str, dict[str, Any]]:
+def header(file: Path, option: str = "model.path") -> dict[str, dict[str, Any]]:
     """Tensors of a safetensors file: dtype, shape and data_offsets, held against its length. Raises UserError where it is none or cut short."""
     try:
         size = file.stat().st_size
@@ -112,12 +144,14 @@ def header(file: Path) -> dict[str, dict[str, Any]]:
             if not 2 <= length <= size - 8:  # a text file, such as git-lfs leaves in a large file's place, begins with some number beyond its end
                 raise ValueError(f"{size} bytes without a header")
             found = {name: entry for name, entry in json.loads(raw.read(length)).items() if name != "__metadata__"}
+        if bare := [name for name, entry in found.items() if not {"dtype", "shape"} <= entry.keys()]:
+            raise ValueError(f"its header tells no dtype or shape of '{bare[0]}'")
         end = 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0)
         if end != size:
             raise ValueError(f"{size} bytes, and its header tells of {end}")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"model.path = '{file.parent}': '{file.name}' is cut short or no safetensors file ({error}); {AGAIN}") from None
+        raise UserError(f"{option} = '{file.parent}': '{file.name}' is cut short or no safetensors file ({error}); {AGAIN}") from None
 
 
 def _method(found: dict[str, Any]) -> str | None:

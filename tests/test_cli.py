@@ -198,6 +198,40 @@ def test_numbers_out_of_range_are_refused_before_anything_is_read(capsys, argume
     assert expected in said(capsys, *arguments)
 
 
+def test_usage_is_told_by_the_first_rank_alone(capsys, monkeypatch):
+    from sophiavl_fast.cli import main
+
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", "--limit", "0"])
+        assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_what_the_system_refuses_is_one_line_of_any_rank(capsys, monkeypatch):
+    from sophiavl_fast import cli
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_report", full)
+    assert said(capsys, "report", "d") == "sophiavl-fast: OSError: [Errno 28] No space left on device"
+    monkeypatch.setenv("RANK", "3")
+    assert said(capsys, "report", "d") == "sophiavl-fast: rank 3: OSError: [Errno 28] No space left on device"
+    monkeypatch.setattr(cli, "_report", lambda _: {}["a bug"])
+    with pytest.raises(KeyError):
+        cli.main(["report", "d"])
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_answered(capsys, tmp_path, monkeypatch):
+    able = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: Path(path) != tmp_path and able(path, mode, **more))
+    (tmp_path / "i").write_text("")
+    line = f"--out '{tmp_path}/x.json': nothing can be written in folder '{tmp_path}'"
+    assert line in said(capsys, "evaluate", "--model", "m", "--data", "d", "--out", f"{tmp_path}/x.json")
+    assert line in said(capsys, "reward", "evaluate", "--input", f"{tmp_path}/i", "--out", f"{tmp_path}/x.json", "--url", "http://h", "--model", "m")
+
+
 def test_the_functions_behind_evaluate_and_infer_refuse_the_same(tmp_path):
     from sophiavl_fast.errors import UserError
     from sophiavl_fast.evaluate.command import evaluate
@@ -224,6 +258,7 @@ def test_nothing_to_answer_is_no_result(capsys, tmp_path, model, monkeypatch):
 @pytest.mark.parametrize(("engine", "record", "more", "expected"), [
     ("vllm", {"reasoning_check": "demo_digit"}, (), "reasoning_check"),
     ("transformers", {"reasoning_check": 3}, (), "reasoning_check must be the name of a rule, not int"),
+    ("vllm", {"problem_type": "multiple choice", "options": ["w", "x"], "solution": "E"}, (), "names none of the 2 options"),
     ("vllm", {"path": ["a.png"] * 17}, (), "17 images; the rollout engine takes at most 16 a prompt"),
     ("vllm", {}, ("--max-new-tokens", "1000000"), "(max_position_embeddings); lower --max-new-tokens"),
     ("transformers", {}, ("--max-new-tokens", "1000000"), "(max_position_embeddings); lower --max-new-tokens")])

@@ -18,7 +18,7 @@ from rich.table import Table
 from sophiavl_fast import model_folder
 from sophiavl_fast.config import Data, Rollout
 from sophiavl_fast.data import images
-from sophiavl_fast.data.dataset import BadRecord, Dataset
+from sophiavl_fast.data.dataset import BadRecord, Dataset, Example
 from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
@@ -144,7 +144,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         table.add_row("image megapixels", _percentiles([h * w / 1e6 for h, w in summary.sizes], ".2f"))
     console.print(table)
     for line in summary.bad:
-        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(line.encode(errors="backslashreplace").decode(), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _percentiles(values: Sequence[float], form: str = ".0f") -> str:
@@ -153,19 +153,20 @@ def _percentiles(values: Sequence[float], form: str = ".0f") -> str:
 
 
 def command(name: str, *, registry: str | Path = "", model: str = "", templates: str = "sophia", min_pixels: int | None = None,
-            max_pixels: int | None = None) -> int:
+            max_pixels: int | None = None, check: Callable[[Example], None] | None = None) -> int:
     """`data check NAME`: print the summary; the exit code is 2 where a record is bad, or more than an RL run with the default lengths takes.
 
+    check: what a run asks of each record beside, raises UserError.
     Raises UserError: no such dataset or model, pixel limits without a model or the wrong way round.
     """
     if not model and (min_pixels, max_pixels) != (None, None):
         raise UserError("--min-pixels and --max-pixels change how many tokens an image takes, which is counted with --model only: name the model's folder")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise UserError(f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}")
-    limits = Limits(images=MAX_IMAGES)
+    limits = Limits(images=MAX_IMAGES, check=check)
     if model:
         limits = Limits(images=MAX_IMAGES, sequence=model_folder.longest(model), new_tokens=Rollout().max_new_tokens,
-                        advice="the model itself (max_position_embeddings)")
+                        advice="the model itself (max_position_embeddings)", check=check)
     dataset = Dataset.open(name, registry, template=templates, limits=limits)
     processor = Processor(model, min_pixels=min_pixels, max_pixels=max_pixels) if model else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -147,7 +147,7 @@ class Dataset:
 
     def _id(self, row: Mapping[str, Any], index: int) -> str:
         given = _present(row.get(self.entry.columns["problem_id"]))
-        return f"#{index}" if given in (None, "") else str(given)
+        return f"#{index}" if given in (None, "") else _whole(str(given), self.entry.columns["problem_id"])
 
     def _repeated_ids(self) -> dict[int, int]:
         """Index of every record whose problem_id an earlier one has -> index of that one."""
@@ -200,10 +200,13 @@ def _text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        text = str(value)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"'{column}' holds half a surrogate pair: no encoding can write it") from None
-        return text
+        return _whole(str(value), column)
     raise UserError(f"'{column}' must be text, not {type(value).__name__}")
+
+
+def _whole(text: str, column: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"'{column}' holds half a surrogate pair: no encoding can write it") from None
+    return text

@@ -23,6 +23,8 @@ _TURNS = {  # EXIF orientation -> what sets the picture upright
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }
 
+_CORRUPT = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, EOFError, struct.error)  # what PIL's decoders raise at bad bytes
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -60,6 +62,10 @@ def _reference(item: Any, base: Path, label: str) -> ImageRef:
         raise UserError(f"{label}: expected a path or {{bytes | path}}, not {type(item).__name__}")
     if "\0" in item:
         raise UserError(f"{label}: a path holds no null character ({item[:80]!r})")
+    try:
+        item.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{label}: a path holds no half of a surrogate pair ({item[:80]!r})") from None
     if "://" in item or item.startswith("data:"):
         raise UserError(f"image '{item[:80]}' is a URL; images are read from disk only: download it and name the file")
     root, path = os.path.realpath(base), os.path.realpath(os.path.join(base, item))
@@ -83,7 +89,7 @@ def decode(ref: ImageRef) -> Image.Image:
         try:
             image.load()
             return _rgb(image if turn is None else image.transpose(turn))
-        except (OSError, SyntaxError, ValueError) as error:
+        except _CORRUPT as error:
             raise UserError(f"{ref.label} is corrupt: {error}") from None
 
 
@@ -91,9 +97,9 @@ def verify(ref: ImageRef) -> None:
     """Read the whole stream and throw the pixels away; JPEG at an eighth of its size, which still meets every byte. Raises UserError."""
     with ref.open() as stream, _opened(ref, stream) as image:
         try:
-            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except _CORRUPT as error:
             raise UserError(f"{ref.label} is corrupt: {error}") from None
 
 
@@ -111,7 +117,7 @@ def _opened(ref: ImageRef, stream: IO[bytes]) -> Image.Image:
         raise UserError(f"{ref.label} is corrupt or no image ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise UserError(f"{ref.label} unpacks to more than {MAX_PIXELS} pixels") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except _CORRUPT as error:
         raise UserError(f"{ref.label} is corrupt: {error}") from None
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{ref.label} is {image.width} x {image.height}: more than {MAX_PIXELS} pixels")
@@ -121,14 +127,15 @@ def _opened(ref: ImageRef, stream: IO[bytes]) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8, from what the header holds; PNG's own getexif would decode the picture to look behind it.
 
-    1 for TIFF, which PIL turns by itself, and for a block that cannot be parsed.
+    1 for TIFF, which PIL turns by itself, for a block that cannot be parsed, and for a value that is no whole number.
     """
     if image.format == "TIFF":
         return 1
     try:
-        return Image.Image.getexif(image).get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, struct.error):
+        found = Image.Image.getexif(image).get(0x0112, 1)
+    except _CORRUPT:
         return 1
+    return found if isinstance(found, int) else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

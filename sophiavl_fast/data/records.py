@@ -29,8 +29,26 @@ def open_rows(path: Path, split: str = "", missing: str = "") -> Rows:
 
     missing: what to say beside the name of a file that does not exist.
     """
-    if not path.exists():
-        raise UserError(f"data file '{path}' does not exist{nearest(str(path), _beside(path))}{missing}")
+    if not _sayable(str(path)):
+        raise UserError(f"data file {str(path)!r}: no file can have this name")
+    try:
+        path.stat()
+        return _open(path, split)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"data file '{path}' does not exist{nearest(str(path), _beside(path))}{missing}") from None
+    except OSError as error:
+        raise UserError(f"data file '{path}' cannot be read: {error.strerror or error}") from None
+
+
+def _sayable(path: str) -> bool:
+    """Whether the file system takes the name: no null character, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
+def _open(path: Path, split: str) -> Rows:
     if split and not path.is_dir():
         raise UserError(f"split '@{split}': data file '{path}' is not a folder of parquet files")
     if path.is_dir() or path.suffix == ".parquet":
@@ -46,7 +64,7 @@ def open_rows(path: Path, split: str = "", missing: str = "") -> Rows:
 
 def _beside(path: Path) -> list[str]:
     """Data files in the nearest folder that exists, two levels deep: a download seldom lies exactly where a registry says."""
-    folder = path.parent if path.parent.is_dir() else path.parent.parent
+    folder = path.parent if os.path.isdir(path.parent) else path.parent.parent
     found = (p for pattern in ("*", "*/*") for p in islice(folder.glob(pattern), 10_000))
     return sorted(str(p) for p in found if p.suffix in (".json", ".jsonl", ".parquet") and p.name != "dataset_info.json")[:8]
 

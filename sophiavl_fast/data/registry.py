@@ -84,12 +84,15 @@ def _entry(name: str, split: str, raw: dict[str, Any], file: Path) -> Entry:
             raise UserError(f"{where}: '{key}' must be a string, not {raw[key]!r}")
     if not raw.get("file_path"):
         raise UserError(f"{where}: no 'file_path'")
-    folder, missing = _start(raw["file_path"], file)
     template = raw.get("template", "")
+    try:
+        folder, missing = _start(raw["file_path"], file)
+        data, base = _absolute(folder, raw["file_path"]), _absolute(folder, raw.get("image_base_path", ""))
+        template = str(_absolute(folder, template)) if template.endswith((".yaml", ".yml")) else template
+    except RuntimeError as error:  # ~nosuchuser
+        raise UserError(f"{where}: a path begins with '~' and no home folder is known for it: {error}") from None
     return Entry(
-        name=name, split=split, registry=file, columns=_columns(raw.get("columns", {}), where),
-        file_path=_absolute(folder, raw["file_path"]), image_base_path=_absolute(folder, raw.get("image_base_path", "")),
-        template=str(_absolute(folder, template)) if template.endswith((".yaml", ".yml")) else template,
+        name=name, split=split, registry=file, columns=_columns(raw.get("columns", {}), where), file_path=data, image_base_path=base, template=template,
         problem_type=raw.get("problem_type", ""), reasoning_check=raw.get("reasoning_check", ""), missing=missing,
     )
 
@@ -100,9 +103,9 @@ def _start(file_path: str, file: Path) -> tuple[Path, str]:
         folder = Path(os.environ.get("SOPHIAVL_DATA", "data"))
         return folder, f" (download the set into '{folder.absolute()}', or set SOPHIAVL_DATA to the folder that holds it)"
     here, there = _absolute(file.parent, file_path), _absolute(Path.cwd(), file_path)
-    if here == there or here.exists():
+    if here == there or os.path.exists(here):
         return file.parent, ""
-    return (Path.cwd(), "") if there.exists() else (file.parent, f" (not at '{there}' either)")
+    return (Path.cwd(), "") if os.path.exists(there) else (file.parent, f" (not at '{there}' either)")
 
 
 def _absolute(folder: Path, path: str) -> Path:

@@ -9,6 +9,7 @@ Templates run sandboxed and strict: an unknown variable is an error. `options | 
 """
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Sequence
@@ -66,36 +67,48 @@ class Template:
     def _render(self, template: Any, **values: Any) -> str:
         try:
             return template.render(**values)
-        except TemplateError as error:
-            raise UserError(f"template '{self.name}': {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # an expression of the template may raise anything: 1/0, options + problem
+            raise UserError(f"template '{self.name}': {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 @cache
 def load(name: str) -> Template:
     """A packaged template by name, or a YAML file by path. Raises UserError: no such template, or one that is malformed."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else PACKAGED / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"template '{name}' does not exist{nearest(name, (p.stem for p in PACKAGED.glob('*.yaml')))}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"template '{path}' cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("user"), str):
         raise UserError(f"template '{path}': expected the keys {', '.join(_KEYS)}; 'user' is needed")
     for key in tree:
         if key not in _KEYS:
-            raise UserError(f"template '{path}': unknown key '{key}'{nearest(key, _KEYS)}")
-    suffix = tree.get("suffix") or {}
+            raise UserError(f"template '{path}': unknown key '{key}'{nearest(str(key), _KEYS)}")
+    suffix = {} if tree.get("suffix") is None else tree["suffix"]
+    if not isinstance(suffix, dict):
+        raise UserError(f"template '{path}': 'suffix' must map problem types to texts, not {suffix!r}")
     for kind in suffix:
         if kind not in TYPES:
-            raise UserError(f"template '{path}': suffix for unknown problem_type '{kind}'{nearest(kind, TYPES)}")
+            raise UserError(f"template '{path}': suffix for unknown problem_type '{kind}'{nearest(str(kind), TYPES)}")
+    question, system = _text(path, "question", tree.get("question")) or "{{ problem }}", _text(path, "system", tree.get("system"))
+    endings = {kind: _text(path, f"suffix.{kind}", text).strip() for kind, text in suffix.items()}
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["lettered"] = lettered
     try:
-        question, user = environment.from_string(tree.get("question", "{{ problem }}")), environment.from_string(tree["user"])
+        return Template(name, system, environment.from_string(question), environment.from_string(tree["user"]), endings)
     except TemplateError as error:
         raise UserError(f"template '{path}': {error}") from None
-    return Template(name, tree.get("system") or "", question, user, {kind: str(text).strip() for kind, text in suffix.items()})
+
+
+def _text(path: Path, key: str, value: Any) -> str:
+    """A value of the file, "" for null."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"template '{path}': '{key}' must be text, not {value!r}")
+    return value or ""
 
 
 def lettered(options: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.data.processor import Processor
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate import accuracy, transformers_engine
+from sophiavl_fast.evaluate.out import refuse_unwritable
+from sophiavl_fast.evaluate.records import refuse_unusable
 from sophiavl_fast.monitor import Progress, summary
 from sophiavl_fast.rollout import open_rollout
 from sophiavl_fast.types import MAX_IMAGES, Group, Prompt
@@ -27,10 +29,9 @@ def evaluate(model: str, data: str, registry: str, out: Path, *, engine: str = "
              max_new_tokens: int = 1024, dtype: str = "bfloat16", limit: int | None = None) -> int:
     """Answer `data` greedily with `model`, write metrics and every answer to `out` as JSON; returns the exit code.
 
-    Raises UserError: a number out of range, an unreadable model or dataset, nothing to answer.
+    Raises UserError: a number out of range, an unreadable model or dataset, nothing to answer, no place to write.
     """
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out '{out}': " + ("is a folder; name a file" if out.is_dir() else f"folder '{out.parent}' does not exist"))
+    refuse_unwritable(out)
     config = tree.build({"model": {"path": model, "dtype": dtype}, "data": {"registry": registry, "eval": data, "templates": templates},
                          "rollout": {"engine": "inline", "max_new_tokens": max_new_tokens}, "eval": {"limit": limit}}, "evaluate")
     config_ranges.check(config.model_dump())
@@ -56,7 +57,7 @@ def _limits(config: tree.Config, engine: str) -> Limits:
     """What is asked of a record before the model loads; only the engine has a limit of images."""
     return Limits(images=MAX_IMAGES if engine == "vllm" else None, sequence=model_folder.longest(config.model.path),
                   new_tokens=config.rollout.max_new_tokens, advice="the model itself (max_position_embeddings); lower --max-new-tokens",
-                  check=accuracy.refuse_unknown_rule)
+                  check=refuse_unusable)
 
 
 def _vllm(config: tree.Config, processor: Processor, prompts: list[Prompt]) -> list[Group]:

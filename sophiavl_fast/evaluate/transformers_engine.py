@@ -9,28 +9,14 @@ import torch
 from sophiavl_fast import model_folder
 from sophiavl_fast.config import Config
 from sophiavl_fast.data.processor import Processor
-from sophiavl_fast.errors import UserError
 from sophiavl_fast.types import Group, Prompt, Response
 
 ROWS = 64  # prompts answered at once
 
 
 def load(path: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """AutoModelForImageTextToText from a local folder, in evaluation mode. Raises UserError where weights are missing or of other shapes than config.json
-    says, which transformers would draw at random."""
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        opened: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True, attn_implementation="sdpa",
-                                                                  output_loading_info=True, ignore_mismatched_sizes=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"model.path = '{path}': transformers cannot load it: {' '.join(str(error).split())[:300]}") from None
-    model, found = opened
-    odd = sorted(found["missing_keys"]) + sorted(str(name) for name, *_ in found["mismatched_keys"])
-    if odd:
-        raise UserError(f"model.path = '{path}': {len(odd)} weights are missing or of another shape than config.json says, such as '{odd[0]}'; "
-                        f"{model_folder.AGAIN}")
-    return model.to(device).eval()
+    """The model of a local folder, in evaluation mode. Raises UserError, as model_folder.open_model does."""
+    return model_folder.open_model(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
 
 
 def answer(config: Config, processor: Processor, prompts: list[Prompt]) -> list[Group]:

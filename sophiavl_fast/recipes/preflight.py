@@ -11,7 +11,7 @@ from sophiavl_fast import config_checks, model_folder
 from sophiavl_fast.config import Config
 from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.errors import UserError
-from sophiavl_fast.evaluate import accuracy
+from sophiavl_fast.evaluate.records import refuse_unusable
 from sophiavl_fast.monitor.loggers import refuse_missing_loggers
 from sophiavl_fast.rewards.thinking import open_judge
 from sophiavl_fast.rollout import refuse_missing_engine
@@ -76,8 +76,8 @@ def held_out_limits(config: Config) -> Limits:
 
 def _limits(config: Config, new_tokens: int, key: str) -> Limits:
     if config.debug.replay:  # no engine: what was recorded had its room
-        return Limits(check=accuracy.refuse_unknown_rule)
+        return Limits(check=refuse_unusable)
     total = max_model_len(config)
     own = total == model_folder.longest(config.model.path)
     advice = f"the {'model itself (max_position_embeddings);' if own else 'engine; raise rollout.max_model_len or'} lower {key}"
-    return Limits(images=MAX_IMAGES, sequence=total, new_tokens=new_tokens, advice=advice, check=accuracy.refuse_unknown_rule)
+    return Limits(images=MAX_IMAGES, sequence=total, new_tokens=new_tokens, advice=advice, check=refuse_unusable)

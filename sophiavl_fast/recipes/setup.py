@@ -77,11 +77,11 @@ def refuse_unreadable(config: Config) -> None:
 
 
 def refuse_missing_judge(config: Config) -> None:
-    """UserError for a judge's folder or template that is not there, before anything is loaded."""
+    """UserError for a judge's folder or template that is not there or cannot be read, before anything is loaded."""
     if config.thinking.backend == "off" or config.algorithm.name == "grpo":
         return
     if config.thinking.backend == "local":
-        model_folder.refuse_missing(config.thinking.path, "thinking.path")
+        model_folder.refuse_unreadable(config.thinking.path, "thinking.path")
     load_template(config)
 
 

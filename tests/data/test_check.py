@@ -77,6 +77,27 @@ def test_command_with_a_wrong_name_is_one_line(store, mixed, capsys):
     assert capsys.readouterr().err.strip() == (f"sophiavl-fast: dataset 'mixd' is not in registry '{store.registry}'; did you mean 'mixed'?")
 
 
+def test_half_a_surrogate_pair_is_a_bad_record_and_can_be_printed(store, capsysbinary):
+    rows = [record(1), record(2, problem_id="a\ud83d"), record(5, problem_id="a\ud83d"), record(3, path="b\ud83d.png"), record(4, problem_type="c\ud83d")]
+    store.add("set", rows)
+    assert main(["data", "check", "set", "--registry", str(store.registry)]) == 2
+    out = capsysbinary.readouterr().out.decode()
+    assert "4 bad" in out and "unknown problem_type 'c\\ud83d'" in out and "('b\\ud83d.png')" in out and out.count("'problem_id' holds half") == 2
+
+
+def test_golds_that_no_answer_can_match_are_bad_records(store, capsys):
+    four = {"problem_type": "multiple choice", "options": ["w", "x", "y", "z"]}
+    bad = [record(i, **four, solution=gold) for i, gold in enumerate(("2", "E", "foo", "<answer>A,E</answer>"))]
+    good = [record(10 + i, **four, solution=gold) for i, gold in enumerate(("<answer>A</answer>", "A, C", "ABD", "x", "(D)"))]
+    store.add("set", [*bad, *good, record(20, solution="$"), record(21, problem_type="free-form", solution="$"),
+                      record(22, problem_type="multiple choice", solution="E")])
+    assert main(["data", "check", "set", "--registry", str(store.registry)]) == 2
+    out = capsys.readouterr().out
+    for line, gold in enumerate(("2", "E", "foo", "A,E"), 1):
+        assert f"set.jsonl:{line}: the solution '{gold}' names none of the 4 options: expected letters A to D" in out
+    assert "set.jsonl:10: the solution '$' can be matched by no answer" in out and "5 bad" in out
+
+
 def test_sample_reads_some_before_training(store, processor, caplog):
     """A bad record outside the sample is met, and refused, in the stream; one inside it stops the start."""
     rows = [record(i) for i in range(600)]

@@ -1,6 +1,7 @@
 """Records in every format -> examples and prompts; every kind of bad record is one line with its file and place."""
 import io
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +121,8 @@ BAD = {
     "image 1: a path holds no null character": {"path": "a\0b.png"},
     "'problem' holds half a surrogate pair": {"problem": "what? \ud800"},
     "'solution' holds half a surrogate pair": {"solution": "\udc00"},
+    "image 1: a path holds no half of a surrogate pair": {"path": "a\ud83d.png"},
+    "'problem_id' holds half a surrogate pair": {"problem_id": "a\ud83d"},
     "is corrupt": {"path": "broken.png"},
     "problem_id 1 is that of": {"problem_id": 1},
     "more than data.max_prompt_tokens = 300": {"problem": "x" * 300},
@@ -187,6 +190,41 @@ def test_a_file_that_is_not_there_names_what_is(store):
     (store.folder / "json" / "thinking.json").unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"json/thinking.json' does not exist; did you mean '.*/json/thinking_156k.json'"):
         opened(store, "gone")
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_a_file_that_may_not_be_read_is_one_line(store, monkeypatch, kind):
+    """As an ordinary user meets it; these tests may run as root, for whom no file is locked."""
+    store.add("set", [record(1)], kind)
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("os.open", "pathlib.Path.read_bytes", "pyarrow.parquet.read_metadata"):
+        monkeypatch.setattr(name, refuse)
+    with pytest.raises(UserError, match=rf"data file '.*set.{kind}' cannot be read( as parquet)?: .*Permission denied"):
+        opened(store, "set")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(store, monkeypatch):
+    store.add("set", [record(1)], file_path="locked/set.jsonl")
+    looked = os.stat
+
+    def stat(path, *args, **kwargs):
+        if "locked/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return looked(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match=r"data file '.*locked/set.jsonl' cannot be read: Permission denied"):
+        opened(store, "set")
+
+
+@pytest.mark.parametrize("name", ["a\0b.jsonl", "a\ud83d.jsonl"])
+def test_a_file_name_that_no_file_can_have(store, name):
+    store.add("set", [record(1)], file_path=name)
+    with pytest.raises(UserError, match="no file can have this name"):
+        opened(store, "set")
 
 
 def test_nesting_without_end_is_a_bad_line(store):

@@ -139,6 +139,44 @@ def test_a_broken_exif_block_says_nothing():
     assert images.decode(of(encoded(picture(), "JPEG", exif=b"Exif\x00\x00garbage"))).size == (60, 40)
 
 
+def with_orientation(kind: int, value: bytes) -> bytes:
+    """A JPEG of 60 x 40 whose EXIF orientation has this TIFF type: 1 BYTE, 2 ASCII, 3 SHORT, 7 UNDEFINED."""
+    count = len(value) // 2 if kind == 3 else len(value)
+    block = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08" + struct.pack(">HHHI", 1, 0x0112, kind, count) + value.ljust(4, b"\x00") + bytes(4)
+    return encoded(picture(), "JPEG", exif=block)
+
+
+@pytest.mark.parametrize("kind,value,turned", [(3, b"\x00\x06", True), (2, b"6\x00", False), (7, b"\x06", False), (7, b"\x00\x06", False),
+                                              (1, b"\x06\x06", False)])
+def test_an_orientation_that_is_no_number_is_none(kind, value, turned):
+    ref = of(with_orientation(kind, value))
+    assert images.decode(ref).size == images.size(ref)[::-1] == ((40, 60) if turned else (60, 40))
+    images.verify(ref)
+
+
+@pytest.mark.parametrize("height,width", [(6, 100), (100, 6), (1, 1), (7, 7), (8, 8)])
+def test_thin_pictures(height, width):
+    ref = of(encoded(picture(0, height, width), "JPEG"))
+    images.verify(ref)
+    assert images.size(ref) == (height, width) and images.decode(ref).size == (width, height)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), OverflowError("too large"), struct.error("short"), IndexError("index out of range")])
+@pytest.mark.parametrize("read", [images.decode, images.verify, images.size])
+def test_what_a_decoder_raises_at_bad_bytes_is_one_line(monkeypatch, read, error):
+    def bad(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", bad) if read is images.size else monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", bad)
+    with pytest.raises(UserError, match=f"image 1 is corrupt: {error}"):
+        read(of(encoded(picture())))
+
+
+def test_a_path_with_half_a_surrogate_pair(base):
+    with pytest.raises(UserError, match=r"image 1: a path holds no half of a surrogate pair \('a\\ud83d.png'\)"):
+        images.references("a\ud83d.png", base)
+
+
 def test_size_reads_the_header_alone():
     """A picture whose pixels are gone still has a size: 130,000 of them are measured without decoding one."""
     assert images.size(of(encoded(picture(0, 200, 300))[:200])) == (200, 300)

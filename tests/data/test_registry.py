@@ -94,6 +94,8 @@ def test_splits_are_part_of_the_name(tmp_path):
     ({"file_path": "a.json", "columns": {"q": "prompt", "p": "prompt"}}, "two columns play the same role"),
     ({"file_path": "a.json", "columns": ["prompt"]}, "must map column names to roles"),
     ({"file_path": 3}, "'file_path' must be a string"),
+    ({"file_path": "~nosuchuser/a.json"}, "dataset 'a': a path begins with '~' and no home folder is known for it"),
+    ({"file_path": "a.json", "image_base_path": "~nosuchuser"}, "dataset 'a': a path begins with '~'"),
 ])
 def test_malformed_entries(tmp_path, entry, message):
     with pytest.raises(UserError, match=message):

@@ -70,6 +70,17 @@ def test_braces_in_a_question_are_text():
     ("user: x\nsufix: {}", "unknown key 'sufix'; did you mean 'suffix'"),
     ("user: x\nsuffix: {numerica: x}", "did you mean 'numerical'"),
     ("user: [", "cannot be read"),
+    ("user: '{{ 1/0 }}'", r"template '.*t.yaml': division by zero"),
+    ("user: '{{ options + problem }}'", r"template '.*t.yaml': can only concatenate list"),
+    ("user: x\nquestion: '{{ problem / 2 }}'", r"template '.*t.yaml': unsupported operand"),
+    ("user: x\nquestion: 5", "'question' must be text, not 5"),
+    ("user: x\nsystem: 5", "'system' must be text, not 5"),
+    ("user: x\nsystem: [a]", r"'system' must be text, not \['a'\]"),
+    ("user: x\nsuffix: 5", "'suffix' must map problem types to texts, not 5"),
+    ("user: x\nsuffix: {numerical: 5}", "'suffix.numerical' must be text, not 5"),
+    ("user: x\nsuffix: {5: a}", "suffix for unknown problem_type '5'; valid: free_form"),
+    ("user: x\n5: a", "unknown key '5'; valid: question"),
+    ("user: x\nsystem: 2024-13-45", "cannot be read"),
 ])
 def test_broken_templates(tmp_path, body, message):
     path = tmp_path / "t.yaml"
@@ -77,6 +88,14 @@ def test_broken_templates(tmp_path, body, message):
     with pytest.raises(UserError, match=message) as error:
         templates.load(str(path)).messages("x", problem_type="text")
     assert "\n" not in str(error.value)
+
+
+def test_null_is_no_text(tmp_path):
+    (tmp_path / "t.yaml").write_text("user: '{{ question }}|{{ suffix }}'\nsystem:\nquestion:\nsuffix: {numerical: , text: ' short '}")
+    (tmp_path / "u.yaml").write_text("user: '{{ question }}|{{ suffix }}'\nsuffix:")
+    assert user(str(tmp_path / "t.yaml"), "How many?") == user(str(tmp_path / "u.yaml"), "How many?") == [{"type": "text", "text": "How many?|"}]
+    assert user(str(tmp_path / "t.yaml"), "x", problem_type="text")[0]["text"] == "x|short"
+    assert templates.load(str(tmp_path / "t.yaml")).messages("x", problem_type="text")[0]["role"] == "user"
 
 
 def test_unknown_template_names_the_nearest():

@@ -71,6 +71,7 @@ def test_a_good_run_comes_to_its_weights(start):
     ((), {"reasoning_check": "demo_digit"}, "held.jsonl:2: reasoning_check 'demo_digit': no such rule; did you mean 'demo_digits'"),
     ((), {"reasoning_check": ["demo_digits"]}, "held.jsonl:2: reasoning_check must be the name of a rule, not list"),
     ((), {"reasoning_check": "demo_digits"}, r"held.jsonl:2: reasoning_check 'demo_digits' cannot read the record \(KeyError: 'kind'\)"),
+    ((), {"solution": "$"}, r"held.jsonl:2: the solution '\$' can be matched by no answer"),
     ((), {"path": ["a.png"] * 17}, "held.jsonl:2: 17 images; the rollout engine takes at most 16"),
     (("rollout.max_model_len=408", "eval.max_new_tokens=380"), {"problem": "1" * 40}, r"held.jsonl:2: the prompt has \d+ tokens: with 380 new ones more "
      r"than the 408 of the engine; raise rollout.max_model_len or lower eval.max_new_tokens"),
@@ -90,6 +91,7 @@ def test_bad_held_out_records_can_be_left_out(start, caplog):
 
 @pytest.mark.parametrize("recipe,mine,more,line", [
     ("rl", {"path": ["a.png"] * 17}, (), "17 images; the rollout engine takes at most 16 a prompt"),
+    ("rl", {"problem_type": "multiple_choice", "options": ["w", "x"], "solution": "E"}, (), "the solution 'E' names none of the 2 options"),
     ("rl", {"reasoning_check": "none"}, (), "reasoning_check 'none': no such rule"),
     ("rl", {"problem": "1" * 300}, ("rollout.max_new_tokens=300",), r"the prompt has \d+ tokens: with 300 new ones more than the 512 of the model itself"),
     ("sft", {"process": ""}, (), "record 1 has no 'process' to learn from; use sft.target=solution"),

@@ -35,6 +35,16 @@ def test_a_judge_that_is_not_there_is_named_before_anything_is_loaded(tmp_path):
     setup.refuse_missing_judge(conf(thinking={"path": "none", "template": "none"}))
 
 
+def test_a_judge_whose_weights_are_cut_short_is_named_too(model, tmp_path):
+    judge = shutil.copytree(model, tmp_path / "judge")
+    here = conf(thinking={"backend": "local", "path": str(judge), "template": "demo_judge"})
+    setup.refuse_missing_judge(here)
+    weights = judge / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"^thinking.path = '{judge}': 'model.safetensors' is cut short"):
+        setup.refuse_missing_judge(here)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     from sophiavl_fast.data.demo import tiny_model

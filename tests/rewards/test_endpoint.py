@@ -227,6 +227,32 @@ def test_expectation_from_logprobs():
         assert values(ask(server.url, case(0.8), score="parse")) == [0.8] and "logprobs" not in server.bodies[1]
 
 
+def odd(change) -> list[dict]:
+    """Well-formed log-probs of '0.8', and a change to the last token's."""
+    found = tokens(("0", {"0": 1.0}), (".", {".": 1.0}), ("8", {"8": 0.5, "4": 0.5}))
+    change(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("change", [
+    lambda last: last.update(logprob=None, top_logprobs=[{"token": "8", "logprob": None}]), lambda last: last["top_logprobs"][1].pop("logprob"),
+    lambda last: last["top_logprobs"][1].update(logprob=1e300), lambda last: last["top_logprobs"][1].update(logprob=700.0),
+    lambda last: last["top_logprobs"][1].update(logprob="-1"), lambda last: last["top_logprobs"][1].update(logprob=math.nan),
+    lambda last: last["top_logprobs"][1].update(token=None), lambda last: last["top_logprobs"][1].pop("token"), lambda last: last.pop("token"),
+    lambda last: last.update(top_logprobs=5), lambda last: last.update(top_logprobs={"8": -1}), lambda last: last.update(top_logprobs=["8"])])
+def test_odd_logprobs_are_none(change):
+    with judge_server(lambda h, *_: h.reply(chat("0.8", odd(change)))) as server:
+        assert values(ask(server.url, case(0.8))) == [0.8]
+
+
+@pytest.mark.parametrize("block", [[1], "no", 5, {"content": 5}, {"content": "0.8"}, {"content": {"a": 1}}, {"content": None}, {"tokens": ["0.8"]}])
+def test_logprobs_of_another_format_are_none(block):
+    reply = chat("0.8")
+    reply["choices"][0]["logprobs"] = block
+    with judge_server(lambda h, *_: h.reply(reply)) as server:
+        assert values(ask(server.url, case(0.8))) == [0.8]
+
+
 def test_a_server_without_logprobs_is_asked_without():
     def judge(handler, body, number):
         handler.reply("logprobs not supported", 400) if "logprobs" in body else honest(handler, body, number)

@@ -1,10 +1,12 @@
 """The in-process judge against plain Hugging Face forward passes, one response and one candidate at a time."""
 import math
 import random
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sophiavl_fast.config import Thinking
@@ -162,3 +164,11 @@ def test_wrong_folders_and_options(tiny_judge, tmp_path):
         judge(tmp_path / "broken")
     with pytest.raises(UserError, match=r"samples > 1"):
         judge(tiny_judge, score="parse", samples=3)
+
+
+def test_a_judge_without_all_its_weights_is_refused(tiny_judge, tmp_path):
+    """transformers would draw them at random: other scores at every start."""
+    path = shutil.copytree(tiny_judge, tmp_path / "judge")
+    save_file({name: value for name, value in load_file(path / "model.safetensors").items() if "layers.1." not in name}, str(path / "model.safetensors"))
+    with pytest.raises(UserError, match=rf"thinking.path = '{path}': \d+ weights are missing or of another shape .*layers.1"):
+        judge(path)

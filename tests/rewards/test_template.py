@@ -39,13 +39,21 @@ def test_a_response_cannot_speak_for_the_judge():
     ("user: '{{ question }}'", "'user' and 'reply' are needed"), ("user: a\nreply: b", "must hold {score} once"),
     ("user: '{{ reasonning }}'\nreply: '{score}'", "unknown variable 'reasonning'; did you mean 'reasoning'"),
     ("user: '{{ question'\nreply: '{score}'", "unexpected end"), ("user: a\nreply: '{score}'\nsytem: x", "unknown key 'sytem'; did you mean 'system'"),
-    ("- a", "are needed"), ("a: [", "cannot be read")])
+    ("user: a\nreply: '{score}'\nsystem: 5", "'system' must be text, not 5"), ("- a", "are needed"), ("a: [", "cannot be read")])
 def test_malformed_templates(tmp_path, text, message):
     path = tmp_path / "judge.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message.replace("{", r"\{")) as error:
         load(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("expression,message", [("1/0", "division by zero"), ("question / 2", "unsupported operand")])
+def test_an_expression_that_fails_names_its_template(tmp_path, expression, message):
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"user: '{{{{ {expression} }}}}'\nreply: '{{score}}'")
+    with pytest.raises(UserError, match=rf"^thinking.template '{path}': {message}"):
+        load(str(path)).user("q", "r")
 
 
 def test_unknown_template_names_the_nearest():

@@ -11,6 +11,7 @@ from typing import Any
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate.judge.pairs import on_pairs
 from sophiavl_fast.evaluate.judge.scores import against_labels
+from sophiavl_fast.evaluate.out import refuse_unwritable
 from sophiavl_fast.rewards.model.histogram import draw_calibration
 from sophiavl_fast.rewards.model.panel import Asking, JudgeSpec, command_words
 
@@ -20,8 +21,7 @@ TRUST = {"spearman": 0.7, "auc among right answers": 0.8, "auc among wrong answe
 def evaluate(source: Path, out: Path, judges: Sequence[JudgeSpec], asking: Asking, *, layout: str, open_image: Callable[[str], Any], images: str = "",
              threshold: float = 0.8, mode: str = "auto") -> str:
     """Write `out` and return what to print. Raises UserError: bad input, a judge that cannot be asked."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"--out '{out}': " + ("is a folder; name a file" if out.is_dir() else f"folder '{out.absolute().parent}' does not exist"))
+    refuse_unwritable(out)
     if not source.is_file():
         raise UserError(f"--input '{source}' does not exist")
     head = {"model": judges[0].model, "url": judges[0].url, "layout": layout, "template": asking.template}

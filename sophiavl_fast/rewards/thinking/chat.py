@@ -16,6 +16,7 @@ from sophiavl_fast.rewards.thinking.template import JudgeTemplate
 
 REPLY_TOKENS = 512
 TOP = 20  # alternatives asked for each token, the most that servers give
+_ROUNDING = 1e-3  # above a log-probability of 0: 16-bit numbers
 _COMPLETE = re.compile(r"(?:0?\.[0-9]+|0\.[0-9]+|1(?:\.0*)?)")
 
 
@@ -57,16 +58,18 @@ def read_reply(reply: Any, template: JudgeTemplate, *, expected: bool) -> Score:
     """The number in a decoded reply; with `expected`, the mean where it carries log-probs. Raises CallFailed for another format."""
     try:
         choice = reply["choices"][0]
-        text = choice["message"]["content"] or ""
-        tokens = (choice.get("logprobs") or {}).get("content") or []
+        text, logprobs = choice["message"]["content"] or "", choice.get("logprobs")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise CallFailed("the reply is not in the chat/completions format", garbage=True) from None
     if not isinstance(text, str):
         raise CallFailed("the reply is not in the chat/completions format", garbage=True)
     found = parse_score(text, template.before, template.after)
-    if math.isnan(found.value) or not (expected and tokens):
+    if math.isnan(found.value) or not (expected and logprobs):
         return found
-    mean = expected_score(tokens, found.value)
+    try:
+        mean = expected_score(logprobs["content"] or [], found.value)
+    except (KeyError, TypeError, ValueError, ArithmeticError):  # not in the format: as from a server that sends none
+        return found
     return found if mean is None else Score(mean)
 
 
@@ -79,7 +82,8 @@ def expected_score(tokens: Sequence[dict[str, Any]], value: float) -> float | No
     """The mean score over the alternatives at the greedy score's own tokens, or None where they do not tell.
 
     Only alternatives that fix the score count: after '0.', each digit; before, a '1'. Those that leave it open ('0' beside
-    a greedy '1') are left out, and where they weigh more than a tenth the greedy number is the better answer.
+    a greedy '1') are left out, and where they weigh more than a tenth the greedy number is the better answer. Raises KeyError,
+    TypeError or ValueError for a block that is not in the format.
     """
     span = _score_span(tokens, value)
     if span is None:
@@ -92,13 +96,19 @@ def expected_score(tokens: Sequence[dict[str, Any]], value: float) -> float | No
         for option in token.get("top_logprobs") or []:
             if option["token"] == chosen and not last:
                 continue
-            weight, candidate = path * math.exp(option["logprob"]), (written + option["token"]).strip()
+            weight, candidate = path * _probability(option), (written + option["token"]).strip()
             if _COMPLETE.fullmatch(candidate) and 0.0 <= float(candidate) <= 1.0:
                 total, mass = total + weight * float(candidate), mass + weight
             elif candidate in ("0", "0.", "."):
                 lost += weight
-        written, path = written + chosen, path * math.exp(token["logprob"])
+        written, path = written + chosen, path * _probability(token)
     return total / mass if mass > 9 * lost else None
+
+
+def _probability(token: dict[str, Any]) -> float:
+    if not token["logprob"] <= _ROUNDING:
+        raise ValueError(f"{token['logprob']} is no log-probability")
+    return math.exp(token["logprob"])
 
 
 def _score_span(tokens: Sequence[dict[str, Any]], value: float) -> list[dict[str, Any]] | None:

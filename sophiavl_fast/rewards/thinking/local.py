@@ -178,13 +178,13 @@ def _chunks(prompts: _Prompts) -> Iterator[list[_Row]]:
 def _load(path: str, device: torch.device) -> tuple[Any, Any]:
     """Processor and frozen model of a folder, in the dtype it was saved in; local files only, none of its code is run."""
     model_folder.refuse_missing(path, "thinking.path")
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, dtype="auto")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also classes of transformers' and tokenizers' own
         raise UserError(f"thinking.path: '{path}' cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    model = model_folder.open_model(path, "thinking.path", dtype="auto")
     use_products(model)
     return processor, model.eval().requires_grad_(False).to(device)
 

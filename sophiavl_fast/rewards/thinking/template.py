@@ -38,10 +38,13 @@ class JudgeTemplate:
     shows_answer: bool
 
     def user(self, question: str, reasoning: str, answer: str = "") -> str:
-        """The user's message for one response; marks for images are dropped, since all images go before the text."""
+        """The user's message for one response; marks for images are dropped, since all images go before the text. Raises UserError."""
         if "<image>" in question:
             question = question.replace("<image>", "").strip()
-        return self.user_text.render(question=harmless(question), reasoning=harmless(reasoning), answer=harmless(answer))
+        try:
+            return self.user_text.render(question=harmless(question), reasoning=harmless(reasoning), answer=harmless(answer))
+        except Exception as error:  # an expression of the template may raise anything: 1/0, question + 1
+            raise UserError(f"thinking.template '{self.name}': {' '.join(str(error).split()) or type(error).__name__}") from None
 
     @property
     def before(self) -> str:
@@ -67,13 +70,15 @@ def load(name: str) -> JudgeTemplate:
         raise UserError(f"thinking.template '{name}' does not exist{nearest(name, (p.stem for p in PACKAGED.glob('*.yaml')))}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"thinking.template '{path}' cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), str) for key in ("user", "reply")):
         raise UserError(f"thinking.template '{path}': the texts 'user' and 'reply' are needed")
     for key in tree:
         if key not in _KEYS:
             raise UserError(f"thinking.template '{path}': unknown key '{key}'{nearest(str(key), _KEYS)}")
+    if not isinstance(tree.get("system"), str | None):
+        raise UserError(f"thinking.template '{path}': 'system' must be text, not {tree['system']!r}")
     if tree["reply"].count("{score}") != 1:
         raise UserError(f"thinking.template '{path}': 'reply' must hold {{score}} once, as in '<answer>{{score}}</answer>'")
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)

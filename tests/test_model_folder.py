@@ -1,0 +1,100 @@
+"""What stands in a model folder, and what loads from it: one line where it cannot be used, never weights drawn at random."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sophiavl_fast import model_folder
+from sophiavl_fast.errors import UserError
+from sophiavl_fast.evaluate import transformers_engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from sophiavl_fast.data.demo import tiny_model
+
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model.build(out, 0)
+    return out
+
+
+@pytest.fixture
+def changed(folder, tmp_path):
+    """A copy of the tiny model with some of its config.json or its tensors changed."""
+    def copy(config=None, tensors=None):
+        out = shutil.copytree(folder, tmp_path / f"copy{len(list(tmp_path.iterdir()))}")
+        if config is not None:
+            tree = json.loads((out / "config.json").read_text())
+            config(tree)
+            (out / "config.json").write_text(json.dumps(tree))
+        if tensors is not None:
+            kept = load_file(out / "model.safetensors")
+            save_file(tensors(kept), str(out / "model.safetensors"))
+        return out
+    return copy
+
+
+def test_weights_are_never_drawn_at_random(folder, changed):
+    assert model_folder.open_model(folder, dtype="auto").num_parameters() > 0
+    layer = "layers.1."
+    lost = changed(tensors=lambda kept: {name: value for name, value in kept.items() if layer not in name})
+    odd = changed(tensors=lambda kept: {name: value[:1] if name.endswith("layers.1.mlp.up_proj.weight") else value for name, value in kept.items()})
+    for path in (lost, odd):
+        with pytest.raises(UserError, match=rf"^thinking.path = '{path}': \d+ weights are missing or of another shape than .*, such as '.*layers.1"):
+            model_folder.open_model(path, "thinking.path", dtype="auto")
+    with pytest.raises(UserError, match=rf"^model.path = '{lost}': \d+ weights are missing"):
+        transformers_engine.load(str(lost), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [lambda tree: tree.update(vision_config=3), lambda tree: tree["text_config"].update(hidden_act="none"),
+                                    lambda tree: tree.update(model_type="nothing")])
+def test_whatever_transformers_raises_is_one_line(changed, change):
+    with pytest.raises(UserError, match=r"^thinking.path = '[^\n]*': transformers cannot load it: [^\n]*$"):
+        model_folder.open_model(changed(change), "thinking.path")
+
+
+@pytest.mark.parametrize("text,top,expected", [(None, None, 1 << 30), (None, 9, 9), (7, 9, 7), ("absent", "absent", 1 << 30), ("absent", 5, 5)])
+def test_the_longest_sequence(changed, text, top, expected):
+    def change(tree):
+        for part, value in ((tree["text_config"], text), (tree, top)):
+            part.pop("max_position_embeddings", None)
+            if value != "absent":
+                part["max_position_embeddings"] = value
+    assert model_folder.longest(changed(change)) == expected
+
+
+@pytest.mark.parametrize("value", ["many", 3.5, [4096], True, 0])
+def test_a_longest_sequence_that_is_no_number(changed, value):
+    path = changed(lambda tree: tree["text_config"].update(max_position_embeddings=value))
+    with pytest.raises(UserError, match=rf"^model.path = '{path}': config.json: max_position_embeddings = .*expected a whole number"):
+        model_folder.longest(path)
+
+
+@pytest.mark.parametrize("entry", [{"shape": [1], "data_offsets": [0, 4]}, {"dtype": "F32", "data_offsets": [0, 4]}, [], 3])
+def test_a_header_without_its_fields(changed, entry):
+    path = changed()
+    head = json.dumps({"a.weight": entry}).encode()
+    (path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(4))
+    with pytest.raises(UserError, match=rf"^thinking.path = '{path}': 'model.safetensors' is cut short or no safetensors file"):
+        model_folder.refuse_unreadable(path, "thinking.path")
+
+
+def test_neighbours_that_may_not_be_looked_into_are_left_out(folder, tmp_path, monkeypatch):
+    for name in ("locked", "models/locked"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "models" / "tiny")
+    looked = os.stat
+
+    def stat(path, *args, **kwargs):
+        if "locked/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return looked(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match=r"models/tyny' is no model folder \(no config.json\); did you mean '.*models/tiny'"):
+        model_folder.refuse_missing(tmp_path / "models" / "tyny")
+    with pytest.raises(UserError, match=r"locked/model' is no model folder"):
+        model_folder.refuse_missing(tmp_path / "locked" / "model")

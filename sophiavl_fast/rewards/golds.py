@@ -16,13 +16,6 @@ def refuse_unmatchable(problem_type: str, gold: str, options: Sequence[str]) -> 
     shown = repr(gold[:80])
     if quick(Task(problem_type, gold, gold, tuple(options))) == 0.0:
         raise UserError(f"the solution {shown} can be matched by no answer: to the grader of '{problem_type}' questions it is empty or too long")
-    if problem_type == "multiple_choice" and options and not _names_an_option(gold, options):
+    if problem_type == "multiple_choice" and options and choice.wanted(gold, options) is None:
         raise UserError(f"the solution {shown} names none of the {len(options)} options: expected letters A to {ascii_uppercase[len(options) - 1]}, "
                         "or an option's own text")
-
-
-def _names_an_option(gold: str, options: Sequence[str]) -> bool:
-    """Whether some answer names what the gold does: the gold itself as an answer, or one of the letters."""
-    if choice.named(choice._plain(gold), choice._texts(options)) is not None:
-        return True
-    return any(quick(Task("multiple_choice", letter, gold, tuple(options))) == 1.0 for letter in ascii_uppercase[:len(options)])

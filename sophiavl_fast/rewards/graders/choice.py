@@ -51,8 +51,13 @@ def quick(task: Task) -> float:
         return 0.0
     if answer.casefold() == gold.casefold():
         return 1.0
-    wanted = named(gold, texts, strict=False)
-    return float(wanted is not None and named(answer, texts) == wanted)
+    asked = wanted(task.gold, task.options)
+    return float(asked is not None and named(answer, texts) == asked)
+
+
+def wanted(gold: str, options: Sequence[str]) -> frozenset[int] | None:
+    """The options that a gold answer names, by index, or None."""
+    return named(_plain(gold), _texts(options), strict=False)
 
 
 def named(answer: str, texts: Sequence[str], *, strict: bool = True) -> frozenset[int] | None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -40,7 +41,7 @@ def main(command: list[str]) -> int:
 
 
 def end_family(child: subprocess.Popen) -> None:
-    """Ask the server to end, then kill what is left of it, grandchildren included."""
+    """Ask the server to end, then kill what is left of it, grandchildren included; last the trackers, which unlink the others' shared memory."""
     if child.poll() is None:
         child.terminate()
     deadline = time.monotonic() + GRACE_S
@@ -48,12 +49,24 @@ def end_family(child: subprocess.Popen) -> None:
         _, alive = psutil.wait_procs(family, timeout=POLL_S)
         if child.poll() is not None and alive:
             break                      # the server has ended and left these behind
-    for process in psutil.Process().children(recursive=True):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    kill([p for p in psutil.Process().children(recursive=True) if not is_tracker(p)])
     psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
+    kill(psutil.Process().children(recursive=True))
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Python's own, or joblib's: it ends when nobody holds its pipe any more, and unlinks what they have not."""
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 if __name__ == "__main__":

@@ -58,6 +58,21 @@ def test_sigterm_of_the_supervisor_leaves_nothing(trainer):
     assert not alive
 
 
+def test_shared_memory_of_a_killed_server_is_given_back():
+    """As that of vLLM's message queues: the tracker, which would unlink it, is killed last."""
+    server = ("import signal, time; from multiprocessing.shared_memory import SharedMemory; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+              "kept = SharedMemory(create=True, size=1 << 16); print(kept.name, flush=True); time.sleep(600)")
+    supervisor = subprocess.Popen([sys.executable, "-m", "sophiavl_fast.rollout.supervisor", sys.executable, "-c", server],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    place = Path("/dev/shm") / supervisor.stdout.readline().strip()
+    family = psutil.Process(supervisor.pid).children(recursive=True)
+    assert place.exists() and len(family) == 2      # the server and its tracker
+    supervisor.stdin.close()
+    assert supervisor.wait(timeout=30) == 0
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive and not place.exists()
+
+
 @pytest.mark.kill
 @pytest.mark.engine
 @pytest.mark.parametrize("after", ["ready", "starting"])

@@ -147,7 +147,7 @@ def not_to_be_asked(*args, **kwargs):
 def test_bf16_takes_flash_attention(folders, tmp_path, monkeypatch, varlen, package):
     """bf16 goes another way on a GPU: variable-length attention instead of padded buckets, and fp32 main weights beside the model's."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setitem(sys.modules, "flash_attn", package and SimpleNamespace(flash_attn_varlen_func=package))
+    monkeypatch.setitem(sys.modules, "flash_attn", package and SimpleNamespace(flash_attn_varlen_func=package, __version__="2.8.3"))
     options = {"groups": tiny.groups()[1:], "model": {"dtype": "bfloat16"}, "offload": True}
     expected = a_run(folders["qwen2_5_vl"], "cpu", tmp_path / "cpu", **options)
     with pretended_cuda():

@@ -14,6 +14,7 @@ def own_cores(cores: list[int], worker: int, workers: int) -> list[int]:
 if worker := os.environ.get("PYTEST_XDIST_WORKER", ""):
     os.sched_setaffinity(0, own_cores(sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 import sophiavl_fast  # noqa: E402, F401
@@ -21,3 +22,16 @@ import sophiavl_fast  # noqa: E402, F401
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("searching", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))  # HYPOTHESIS_PROFILE=searching draws new ones
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """What lies in any folder of that name may not be looked at, as ordinary users meet it; tests may run as root, who may all."""
+    looked = os.stat
+
+    def stat(path, *args, **kwargs):
+        if "locked/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return looked(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)

@@ -72,9 +72,9 @@ def one_step(config: Config, loader: Loader, processor: Processor, policy: Polic
         examples = [example(p, processor, config.sft) for p in prompts]
         batches = policy.pack([e.group for e in examples], torch.tensor([w for e in examples for w in e.weights]))
     with progress.phase("update") as update:
-        count = policy.sum_over_replicas(losses.weight_of_tokens(batches))
+        mine = torch.stack([losses.weight_of_tokens(batches), torch.tensor(loader.skipped, dtype=torch.float64)])
+        count, skipped = policy.sum_over_replicas(mine).unbind()
         result = policy.update(batches, losses.sft_loss(count))
-        skipped = policy.sum_over_replicas(torch.tensor(float(loader.skipped)))
     return losses.sft_metrics(result.stats) | {
         "policy/grad_norm": result.grad_norm, "optim/lr": result.lr, "data/skipped": int(skipped),
         "train/tokens_per_s": float(count) / update.seconds, "time/update_s": update.seconds, "time/step_s": time.perf_counter() - started,

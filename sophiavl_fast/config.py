@@ -298,6 +298,9 @@ class Checkpoint(Node):
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    format: Literal["safetensors", "torch_dist"] = "safetensors"
+    """safetensors: whole tensors, gathered and written in turns, for any reader; torch_dist: each rank writes its own part at once, by megatron-core's
+    distributed checkpointing. Either is recognised and loads in any layout."""
     background: bool = False
     """Write while training goes on: a save then costs a copy to host memory (this rank's share of weights and optimizer), not the disk's time."""
 

@@ -269,9 +269,15 @@ class _Rank:
         return min(whole, 2 * BUCKET) + largest
 
     def save(self) -> float:
-        """Whole tensors of the checkpoint that are gathered before a part is written (all of the rank's in the background), and the one being gathered."""
+        """Whole tensors of the checkpoint that are gathered before a part is written (all of the rank's in the background), and the one being gathered.
+
+        In megatron's format nothing is gathered, and all that the rank writes is copied first.
+        """
+        bytes_ = 14 if self.b == 2 else 12
+        if self.config.checkpoint.format == "torch_dist":
+            return bytes_ * self.weights / self.b / self.shards
         ranks = self.shards * self.t * self.stages
-        each = (14 if self.b == 2 else 12) * self.sizes.total
+        each = bytes_ * self.sizes.total
         part = each / ranks if self.config.checkpoint.background else min(each / ranks, CHECKPOINT_PART)
         return part + 8 * self.sizes.language.largest(1)
 

@@ -86,6 +86,15 @@ class Shard:
     end: int
     moments: dict[str, Tensor]
 
+    def held(self, key: str) -> Tensor:
+        """Flat fp32 tensor of one of `state_keys`."""
+        return self.main.data if key == "main" else self.moments[key]
+
+
+def state_keys(dtype: torch.dtype) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter beside its weights of this dtype: fp32 weights are their own main weights."""
+    return MOMENTS if dtype == torch.float32 else (*MOMENTS, "main")
+
 
 def shard_of(optimizer: ChainedOptimizer, parameter: nn.Parameter) -> Shard | None:
     """None where another replica keeps all of the parameter; moments that no step has made yet are made, as zeros."""

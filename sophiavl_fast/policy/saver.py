@@ -1,15 +1,13 @@
 """Saves a run's checkpoints, in the background where asked: training goes on while they are written."""
 from __future__ import annotations
 
-import json
-import os
 import threading
-import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from sophiavl_fast.errors import EngineError
 from sophiavl_fast.policy import checkpoint
@@ -17,17 +15,20 @@ from sophiavl_fast.policy.policy import Policy
 
 
 class Saver:
-    """One for a run; every rank has its own and calls it together.
+    """One for a run; every rank has its own, makes it and calls it together.
 
     In the background, `save` copies this rank's share of the tensors (about 1 / ranks of weights, main weights and moments)
-    to host memory and returns; a thread writes it. The first rank's thread waits for the others' and publishes the folder by
-    renaming it, so that a crash at any moment leaves the last good checkpoint as it was. One save is under way at a time.
+    to host memory and returns; a thread writes it. The threads meet on a process group of their own, and the first rank's
+    publishes the folder by renaming it, so that a crash at any moment leaves the last good checkpoint as it was. Where one
+    rank cannot write, all of them are told. One save is under way at a time.
     """
 
     def __init__(self, policy: Policy, run_dir: str | Path, *, keep: int, background: bool) -> None:
         self._policy, self._run_dir, self._keep, self._background = policy, Path(run_dir), keep, background
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
+        deadline = timedelta(seconds=policy.config.policy.control_timeout_s)   # a collective of these threads must not cross with the training's
+        self._group = dist.new_group(backend="gloo", timeout=deadline) if background else None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write RUN/checkpoints/step_N, see checkpoint.save. Raises EngineError where the save before this one failed."""
@@ -35,10 +36,8 @@ class Saver:
             checkpoint.save(self._policy, self._run_dir, step, state, self._keep)
             return
         self.wait()
-        draft, target = checkpoint.begin(self._policy, self._run_dir, step)
-        held = list(checkpoint.shares(self._policy))
-        manifest = checkpoint.manifest(self._policy, step, state)
-        self._thread = threading.Thread(target=self._run, args=(held, draft, target, manifest), name=f"checkpoint step {step}")
+        draft = checkpoint.begin(self._policy, self._run_dir, step, state, copied=True)
+        self._thread = threading.Thread(target=self._run, args=(draft,), name=f"checkpoint step {step}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -59,29 +58,24 @@ class Saver:
         elif self._thread is not None:
             self._thread.join()
 
-    def _run(self, held: list[tuple[str, Tensor]], draft: Path, target: Path, manifest: dict[str, Any]) -> None:
+    def _run(self, draft: checkpoint.Draft) -> None:
         try:
-            self._write(held, draft, target, manifest)
+            parts = self._met(draft.part.write)
+            self._met(lambda: draft.finish(parts, self._keep) if dist.get_rank() == 0 else None)   # nobody's `wait` ends before it has its name
         except Exception as error:  # whatever it is: nobody else sees this thread's errors
-            self._failure = f"checkpoint '{target}' could not be written ({type(error).__name__}: {error}); the one before it stands"
+            self._failure = f"checkpoint '{draft.target}' could not be written ({type(error).__name__}: {error}); the one before it stands"
 
-    def _write(self, held: list[tuple[str, Tensor]], draft: Path, target: Path, manifest: dict[str, Any]) -> None:
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-        index = checkpoint.write(held, draft, rank)
-        mine = draft / f"index-{rank}.json"
-        checkpoint.write_json(mine.with_suffix(".new"), index)
-        os.replace(mine.with_suffix(".new"), mine)
-        if rank != 0:
-            return
-        manifest["tensors"] = {name: file for part in self._everyones(draft, ranks) for name, file in part.items()}
-        checkpoint.write_json(draft / "manifest.json", manifest)
-        checkpoint.publish(draft, target, self._keep)
-
-    def _everyones(self, draft: Path, ranks: int) -> list[dict[str, str]]:
-        """The other ranks' indices, as they finish: files, for a collective here would cross with the training's."""
-        deadline = time.monotonic() + self._policy.config.policy.control_timeout_s
-        while missing := [r for r in range(ranks) if not (draft / f"index-{r}.json").exists()]:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {missing[0]} has not written its share")
-            time.sleep(0.05)
-        return [json.loads((draft / f"index-{r}.json").read_text()) for r in range(ranks)]
+    def _met(self, work: Callable[[], Any]) -> list[Any]:
+        """Do this rank's work, then hear of everyone's: what each gave. Raises on every rank where one of them failed, so that none waits for it."""
+        given, failure = None, None
+        try:
+            given = work()
+        except Exception as error:
+            failure = error
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (given, failure and f"{type(failure).__name__}: {failure}"), group=self._group)
+        if failure:
+            raise failure
+        if failed := [(rank, told) for rank, (_, told) in enumerate(found) if told]:
+            raise RuntimeError(f"rank {failed[0][0]}: {failed[0][1]}")
+        return [given for given, _ in found]

@@ -25,6 +25,8 @@ CASES = {
     "bf16, reference, recompute": {"model": {"dtype": "bfloat16"}, "policy": {"recompute": True, "tokens_per_row": 10_000}},
 }
 SLOW_CASES = {
+    "own parts": NO_KL | {"checkpoint": {"format": "torch_dist"}},
+    "own parts, bf16": NO_KL | {"model": {"dtype": "bfloat16"}, "checkpoint": {"format": "torch_dist"}},
     "bf16": NO_KL | {"model": {"dtype": "bfloat16"}},
     "recompute": NO_KL | {"policy": {"recompute": True, "tokens_per_row": 10_000}},
     "plain packing": NO_KL | {"policy": {"share_prompt": False, "tokens_per_row": 10_000}},

@@ -5,6 +5,8 @@ import torch
 
 from sophiavl_fast.errors import EngineError
 from sophiavl_fast.policy import checkpoint
+from sophiavl_fast.policy.checkpoint import whole
+from sophiavl_fast.policy.checkpoint.folder import read_manifest
 
 
 def loss(batch, logprob, entropy):
@@ -37,7 +39,7 @@ def test_it_changes_no_bit(create, folder, tmp_path, dtype):
     _, _, without = trained(create, folder, False, dtype, tmp_path / "without")
     _, batches, found = trained(create, folder, True, dtype, tmp_path / "with")
     assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
-    read = lambda name: checkpoint._Reader(checkpoint.newest(tmp_path / name), checkpoint._manifest(checkpoint.newest(tmp_path / name))["tensors"])
+    read = lambda name: whole.Reader(path := checkpoint.newest(tmp_path / name), read_manifest(path))
     a, b = read("with"), read("without")
     assert set(a.files) == set(b.files) and any(n.startswith("exp_avg_sq/") for n in a.files)
     assert all(torch.equal(a(n), b(n)) for n in a.files)

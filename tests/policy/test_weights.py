@@ -143,11 +143,15 @@ def test_non_finite_gradient_stops_loudly_and_touches_nothing(folder, create):
     assert same(before, snapshot(policy))
 
 
+FORMATS = pytest.mark.parametrize("form", ["safetensors", "torch_dist"])
+
+
+@FORMATS
 @pytest.mark.parametrize("background", [False, True], ids=["in turn", "in the background"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtype, background):
+def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtype, background, form):
     optim = {"lr": 1e-2, "schedule": "cosine"}
-    policy = create(folder, model={"dtype": dtype}, optim=optim, reference=True)
+    policy = create(folder, model={"dtype": dtype}, optim=optim, reference=True, checkpoint={"format": form})
     batches = policy.pack(tiny.groups(), None)
     for _ in range(2):
         policy.update(batches, nll)
@@ -165,21 +169,34 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, create, tmp_path, dtyp
     assert torch.equal(policy.logprobs(batches, reference=True)[0], reference)
 
 
+@FORMATS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_background_save_holds_is_a_copy(folder, create, dtype):
+def test_what_a_background_save_holds_is_a_copy(folder, create, tmp_path, dtype, form):
     """However slow the disk, later updates do not reach it: weights, main weights and moments."""
-    policy = create(folder, model={"dtype": dtype}, optim={"lr": 1e-2})
+    policy = create(folder, model={"dtype": dtype}, optim={"lr": 1e-2}, checkpoint={"format": form})
     batches = policy.pack(tiny.groups(), None)
     policy.update(batches, nll)
-    held = dict(checkpoint.shares(policy))
-    before = {name: t.clone() for name, t in held.items()}
+    before = snapshot(policy), moments(policy)
+    draft = checkpoint.begin(policy, tmp_path, 1, {}, copied=True)
     policy.update(batches, nll)
-    assert same(held, before) and not same(dict(checkpoint.shares(policy)), before)
+    assert not same(before[0], snapshot(policy)) and not same(before[1], moments(policy))
+    draft.finish([draft.part.write()], keep=1)
+    checkpoint.load(policy, draft.target)
+    assert same(before[0], snapshot(policy)) and same(before[1], moments(policy))
 
 
-def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, tmp_path):
+def moments(policy):
+    """All that the optimizer keeps, copied."""
+    parts = [(i, part.optimizer) for i, part in enumerate(policy.optimizer.chained_optimizers)]
+    found = {f"{i}.{j}.{key}": t for i, adam in parts for j, state in enumerate(adam.state.values()) for key, t in state.items()}
+    found |= {f"{i}.{j}.{k}": p for i, adam in parts for j, group in enumerate(adam.param_groups) for k, p in enumerate(group["params"])}
+    return {name: t.detach().clone() for name, t in found.items()}
+
+
+@FORMATS
+def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, tmp_path, form):
     """The disk takes no file of more than 1,000 bytes: a limit of this process, as a full disk would be."""
-    policy, limits = create(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    policy, limits = create(folder, checkpoint={"format": form}), resource.getrlimit(resource.RLIMIT_FSIZE)
     told = pytest.raises(EngineError, match=r"checkpoint '.*step_2' could not be written \(.*\); the one before it stands")
     with told, Saver(policy, tmp_path, keep=2, background=True) as saver:
         saver.save(1, {})
@@ -193,8 +210,9 @@ def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, t
     assert checkpoint.newest(tmp_path).name == "step_1"
 
 
-def test_retention_and_half_written_checkpoints(folder, create, tmp_path):
-    policy = create(folder)
+@FORMATS
+def test_retention_and_half_written_checkpoints(folder, create, tmp_path, form):
+    policy = create(folder, checkpoint={"format": form})
     assert checkpoint.newest(tmp_path) is None
     for step in (8, 9, 10):
         checkpoint.save(policy, tmp_path, step, {"step": step}, keep=2)
@@ -206,8 +224,9 @@ def test_retention_and_half_written_checkpoints(folder, create, tmp_path):
     assert checkpoint.read_state(checkpoint.newest(tmp_path)) == {"step": "anew"}
 
 
-def test_checkpoint_of_another_model_is_refused(folder, tied_folder, create, tmp_path):
-    checkpoint.save(create(folder), tmp_path, 1, {}, keep=1)
+@FORMATS
+def test_checkpoint_of_another_model_is_refused(folder, tied_folder, create, tmp_path, form):
+    checkpoint.save(create(folder, checkpoint={"format": form}), tmp_path, 1, {}, keep=1)
     policy = create(tied_folder)
     before = snapshot(policy)
     with pytest.raises(UserError, match=r"is of another model: tie_word_embeddings is False there, True here"):
@@ -245,7 +264,7 @@ import tiny
 from pathlib import Path
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.policy.saver import Saver
-policy = Policy.create(tiny.config(Path(sys.argv[2])), reference=False, total_steps=1)
+policy = Policy.create(tiny.config(Path(sys.argv[2]), checkpoint={"format": sys.argv[5]}), reference=False, total_steps=1)
 saver = Saver(policy, sys.argv[3], keep=1, background=sys.argv[4] == "1")
 for step in range(1, 10_000):
     saver.save(step, {"step": step})
@@ -254,11 +273,12 @@ for step in range(1, 10_000):
 """
 
 
+@FORMATS
 @pytest.mark.kill
-def test_kill_while_saving_leaves_a_loadable_checkpoint(folder, create, tmp_path):
+def test_kill_while_saving_leaves_a_loadable_checkpoint(folder, create, tmp_path, form):
     for attempt in range(4):
         run = tmp_path / str(attempt)
-        child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SAVER, str(Path(__file__).parent), str(folder), str(run), str(attempt % 2)],
+        child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SAVER, str(Path(__file__).parent), str(folder), str(run), str(attempt % 2), form],
                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         reported = int(child.stdout.readline())
         time.sleep(0.05 + 0.013 * attempt)

@@ -70,6 +70,17 @@ def test_killed_in_every_phase(demo, uninterrupted, tmp_path, phase, visit, dela
 
 @pytest.mark.kill
 @pytest.mark.engine
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_killed_while_parts_are_saved(demo, uninterrupted, tmp_path, background):
+    """megatron's format; and what it left, a run that saves the other one goes on from."""
+    out, more = tmp_path / "run", ("checkpoint.format=torch_dist", f"checkpoint.background={background}")
+    kill(demo, out, "save", 2, 0.03, *more)
+    assert (out / "checkpoints/step_2/.metadata").is_file()
+    same(uninterrupted, run_once(demo, out))
+
+
+@pytest.mark.kill
+@pytest.mark.engine
 @pytest.mark.parametrize("visit", [2, 3])
 def test_killed_while_the_engine_falls_asleep(demo, uninterrupted, tmp_path, visit):
     """Before an update and before a save; the whole run sleeps, the uninterrupted one did not."""
@@ -130,6 +141,19 @@ def test_a_killed_rank_of_two(demo, replayed, tmp_path, rank, phase, visit):
     whole, more = replayed
     out = tmp_path / "run"
     kill_rank(demo, out, rank, phase, visit, *more)
+    done = two_ranks("-m", "sophiavl_fast", "train", *arguments(demo, out, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(whole, out)
+
+
+@pytest.mark.kill
+@pytest.mark.layout
+@pytest.mark.engine
+@pytest.mark.parametrize("rank,visit,background", [(1, 1, "false"), (0, 2, "true"), (1, 2, "true")])
+def test_a_killed_rank_of_two_that_save_parts(demo, replayed, tmp_path, rank, visit, background):
+    whole, more = replayed
+    out, more = tmp_path / "run", [*more, "checkpoint.format=torch_dist", f"checkpoint.background={background}"]
+    kill_rank(demo, out, rank, "save", visit, *more)
     done = two_ranks("-m", "sophiavl_fast", "train", *arguments(demo, out, *more))
     assert done.returncode == 0, done.stderr[-3000:]
     same(whole, out)

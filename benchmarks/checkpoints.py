@@ -94,6 +94,7 @@ def measure(work: str, size: str, layout: str, out: str, repeats: int) -> None:
     checkout.use()
     import torch
     import torch.distributed as dist
+    from safetensors.torch import load_file
 
     from sophiavl_fast.config import build
     from sophiavl_fast.policy import Policy, checkpoint, optimizer
@@ -132,21 +133,13 @@ def measure(work: str, size: str, layout: str, out: str, repeats: int) -> None:
             if not all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True)):
                 raise SystemExit(f"{form}: what was loaded is not what was saved")
     if dist.get_rank() == 0:
-        parameters = sum(torch.Size(shape).numel() for _, shape in shapes(model))
+        parameters = sum(t.numel() for t in load_file(model / "model.safetensors").values())
         rows = [{"size": size, "parameters": parameters, "layout": layout, "format": form,
                  "bytes": sum(f.stat().st_size for f in checkpoint.newest(runs / form).rglob("*")),  # type: ignore[union-attr]
                  **{key: common.spread(values) for key, values in found.items()}} for form, found in seconds.items()]
         Path(out).write_text(json.dumps(rows))
     policy.layout.wait("benchmark")
     policy.close()
-
-
-def shapes(folder: Path) -> list[tuple[str, list[int]]]:
-    """Names and shapes of a model folder's tensors."""
-    from safetensors import safe_open
-
-    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
-        return [(name, file.get_slice(name).get_shape()) for name in file]
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from sophiavl_fast.data.demo import tiny_model
 from sophiavl_fast.policy import Policy, checkpoint
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A checkpoint as a run on a GPU leaves it, and its model's folder."""
+@pytest.fixture(scope="module", params=["safetensors", "torch_dist"])
+def saved(tmp_path_factory, request):
+    """A checkpoint of either format as a run on a GPU leaves it, and its model's folder."""
     folder = tmp_path_factory.mktemp("saved")
     tiny_model.build(folder / "model", 0)
-    config = tree.build({"device": "cpu", "model": {"path": str(folder / "model"), "dtype": "float32"}}, "test")
+    config = tree.build({"device": "cpu", "model": {"path": str(folder / "model"), "dtype": "float32"}, "checkpoint": {"format": request.param}}, "test")
     policy = Policy.create(config, reference=False, total_steps=1)
     kept = config.model_dump() | {"device": "cuda"}
     path = checkpoint.save(policy, folder / "run", 1, {"step": 1, "total_steps": 1, "seed": 0, "loader": {}, "config": kept}, keep=1)

@@ -61,9 +61,11 @@ def test_the_same_responses_give_the_same_20_steps(demo, recorded, tmp_path, pro
 @pytest.mark.parametrize("first, then", [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)], ids=str)
 def test_another_number_of_replicas_goes_on_where_a_run_stopped(demo, recorded, tmp_path, first, then):
     """Replays refuse prompts that the recording run did not draw at that step: the same samples, none twice, none lost."""
+    form = "torch_dist" if first > then else "safetensors"
+
     def go(replicas):
         done = torchrun(replicas, *arguments(demo, tmp_path / "run", f"debug.replay={recorded}/rollouts", "rollout.engine=server", "checkpoint.every=4",
-                                             f"parallel.data={replicas}", "run.steps=8", "trust.anneal_steps=20"))
+                                             f"checkpoint.format={form}", f"parallel.data={replicas}", "run.steps=8", "trust.anneal_steps=20"))
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
 

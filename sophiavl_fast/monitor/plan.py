@@ -271,11 +271,11 @@ class _Rank:
     def save(self) -> float:
         """Whole tensors of the checkpoint that are gathered before a part is written (all of the rank's in the background), and the one being gathered.
 
-        In megatron's format nothing is gathered, and all that the rank writes is copied first.
+        In megatron's format nothing is gathered, and all that the rank writes is copied first; what is frozen, the first replica writes.
         """
         bytes_ = 14 if self.b == 2 else 12
         if self.config.checkpoint.format == "torch_dist":
-            return bytes_ * self.weights / self.b / self.shards
+            return bytes_ * self.trained / self.shards + (self.weights - self.b * self.trained)
         ranks = self.shards * self.t * self.stages
         each = bytes_ * self.sizes.total
         part = each / ranks if self.config.checkpoint.background else min(each / ranks, CHECKPOINT_PART)

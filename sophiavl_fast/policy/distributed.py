@@ -40,6 +40,7 @@ class Layout:
     peers: ProcessGroup      # gloo: the ranks that hold one replica
     first_stage_peers: ProcessGroup  # gloo: those of them that hold its first stage
     control: ProcessGroup    # gloo: all ranks, deadline policy.control_timeout_s
+    deadline: timedelta
     replicas_control: ProcessGroup  # gloo: this rank's counterparts in the other replicas
     shards: ProcessGroup     # the ranks over which the optimizer is sharded: those counterparts and their context-parallel peers
     peer_ranks: list[int]    # global ranks of `peers`, the lead first
@@ -55,7 +56,7 @@ class Layout:
         if dist.get_world_size() == 1:
             return
         try:
-            dist.monitored_barrier(self.control, wait_all_ranks=True)
+            dist.monitored_barrier(self.control, timeout=self.deadline, wait_all_ranks=True)   # its own default is not the group's
         except RuntimeError as error:
             raise EngineError(f"{phase}: a trainer rank did not answer: {str(error).splitlines()[0]}") from error
 
@@ -142,7 +143,7 @@ def open_layout(config: Config) -> Layout:
         pp_group=parallel_state.get_pipeline_model_parallel_group(), dp_group=parallel_state.get_data_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(), shards=parallel_state.get_data_parallel_group(with_context_parallel=True),
         peers=peers, first_stage_peers=first_stage_peers, peer_ranks=peer_ranks, control=dist.new_group(backend="gloo", timeout=deadline),
-        replicas_control=parallel_state.get_data_parallel_group_gloo(), owns_process_group=owns,
+        deadline=deadline, replicas_control=parallel_state.get_data_parallel_group_gloo(), owns_process_group=owns,
     )
 
 

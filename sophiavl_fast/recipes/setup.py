@@ -41,7 +41,7 @@ def resume_point(config: Config) -> Path | None:
     if not os.access(run_dir, os.W_OK):
         raise UserError(f"run.dir = '{run_dir}': nothing can be written there")
     if wish == "never":
-        if (run_dir / "metrics.jsonl").exists():
+        if (run_dir / "metrics.jsonl").exists() or checkpoint.newest(run_dir):
             raise UserError(f"run.dir '{run_dir}' holds a run already; use run.resume=auto to go on or another run.dir")
         return None
     if wish != "auto" and not Path(wish).is_dir():

@@ -6,6 +6,7 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+import spoilt
 import tiny
 import torch
 
@@ -40,3 +41,9 @@ def create():
     yield open_policy
     while opened:
         opened.pop().close()
+
+
+@pytest.fixture
+def saved(create, folder, tmp_path):
+    """saved(format) -> a policy and the second of its two checkpoints, to be spoilt."""
+    return lambda form: spoilt.two_checkpoints(create, folder, tmp_path, form)

@@ -15,11 +15,15 @@ from sophiavl_fast.rollout.server import pick_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKER = """
-import torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 from sophiavl_fast import config
 from sophiavl_fast.policy.distributed import open_layout
 
-layout = open_layout(config.build({"device": "cpu", "policy": {"control_timeout_s": 60}}, "test"))
+late = "LATE" in os.environ
+layout = open_layout(config.build({"device": "cpu", "policy": {"control_timeout_s": 3 if late else 60}}, "test"))
+if late:
+    time.sleep(600 * dist.get_rank())
+    layout.wait("the meeting")
 total = layout.sum_over_replicas(torch.tensor(10.0 ** dist.get_rank()))
 print("found", dist.get_rank(), dist.get_world_size(), layout.replica, layout.replicas, layout.lead, total.item())
 layout.close()
@@ -38,6 +42,18 @@ def test_two_processes_started_by_hand_are_one_run():
     for rank, process in enumerate(both):
         out, errors = process.communicate(timeout=300)
         assert f"found {rank} 2 {rank} 2 True 11.0" in out, out + errors[-2000:]
+
+
+def test_a_rank_that_does_not_come_is_named_by_the_deadline_of_the_config():
+    """Not by torch's own of half an hour."""
+    port = str(pick_port(0))
+    both = [launch(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LATE="1") for rank in range(2)]
+    try:
+        _, errors = both[0].communicate(timeout=300)
+        assert "EngineError: the meeting: a trainer rank did not answer: [Rank 0]: Ranks 1 failed to pass monitoredBarrier in 3000 ms" in errors
+    finally:
+        both[1].kill()
+        both[1].communicate()
 
 
 def test_a_process_that_cannot_meet_the_others_does_not_stand_alone():

@@ -180,7 +180,7 @@ def test_what_a_background_save_holds_is_a_copy(folder, create, tmp_path, dtype,
     draft = checkpoint.begin(policy, tmp_path, 1, {}, copied=True)
     policy.update(batches, nll)
     assert not same(before[0], snapshot(policy)) and not same(before[1], moments(policy))
-    draft.finish([draft.part.write()], keep=1)
+    draft.publish(policy.layout.control, keep=1)
     checkpoint.load(policy, draft.target)
     assert same(before[0], snapshot(policy)) and same(before[1], moments(policy))
 
@@ -197,7 +197,7 @@ def moments(policy):
 def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, tmp_path, form):
     """The disk takes no file of more than 1,000 bytes: a limit of this process, as a full disk would be."""
     policy, limits = create(folder, checkpoint={"format": form}), resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = pytest.raises(EngineError, match=r"checkpoint '.*step_2' could not be written \(.*\); the one before it stands")
+    told = pytest.raises(UserError, match=r"checkpoint '.*step_2' could not be written \(File too large\); what was saved before it stands$")
     with told, Saver(policy, tmp_path, keep=2, background=True) as saver:
         saver.save(1, {})
         saver.wait()
@@ -207,7 +207,7 @@ def test_a_background_save_that_fails_is_told_at_the_next_wait(folder, create, t
             saver.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert checkpoint.newest(tmp_path).name == "step_1"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
 @FORMATS
@@ -222,6 +222,15 @@ def test_retention_and_half_written_checkpoints(folder, create, tmp_path, form):
     assert not (tmp_path / "checkpoints/step_8").exists()
     checkpoint.save(policy, tmp_path, 10, {"step": "anew"}, keep=2)
     assert checkpoint.read_state(checkpoint.newest(tmp_path)) == {"step": "anew"}
+    assert not (tmp_path / "checkpoints/.step_11.writing").exists()   # of a save that was killed: it would stay for ever
+
+
+def test_what_was_just_written_is_never_dropped(folder, create, tmp_path):
+    """A run that goes on from an earlier step in a folder with later ones: retention by step alone would leave it none of its own."""
+    policy = create(folder)
+    for step in (8, 9, 3):
+        checkpoint.save(policy, tmp_path, step, {"step": step}, keep=1)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_3", "step_9"]
 
 
 @FORMATS

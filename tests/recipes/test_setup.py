@@ -91,6 +91,15 @@ def test_the_checkpoint_to_go_on_from_is_looked_at_before_anything_is_loaded(mod
         go()
 
 
+def test_a_new_run_is_not_begun_over_an_older_ones_checkpoints(model, tmp_path):
+    """Whose later steps would be taken for its own by retention, and by the next run.resume=auto."""
+    new = conf(run={"dir": str(tmp_path), "resume": "never"}, model={"path": str(model)})
+    assert setup.resume_point(new) is None
+    checkpoint_of(model, tmp_path, 9)
+    with pytest.raises(UserError, match=f"run.dir '{tmp_path}' holds a run already; use run.resume=auto to go on or another run.dir"):
+        setup.resume_point(new)
+
+
 def test_checkpoints_beyond_the_one_to_go_on_from_are_set_aside(model, tmp_path, capsys):
     """As after run.resume=.../step_1 while later ones lie there: a kill then, and run.resume=auto must not take up the course that was left."""
     here = {"run": {"dir": str(tmp_path), "seed": 3}, "model": {"path": str(model)}, "monitor": {"tensorboard": False}}

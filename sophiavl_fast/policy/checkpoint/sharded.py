@@ -23,14 +23,14 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import mapping
 from sophiavl_fast.policy import optimizer as adam
 from sophiavl_fast.policy.checkpoint import vetted
-from sophiavl_fast.policy.checkpoint.folder import another, sync
+from sophiavl_fast.policy.checkpoint.folder import another
 from sophiavl_fast.policy.pieces import Box, boxes
 from sophiavl_fast.policy.policy import Policy
 
@@ -65,8 +65,8 @@ class Writing:
             strategy.async_save(held, str(folder), *BUILT_IN)
         self._writer, self._metadata = strategy.writer, strategy.metadata
 
-    def write(self) -> list[Any]:
-        """Write this rank's file, flushed to disk; returns where in it each box lies. Raises what keeps it from being written."""
+    def write(self) -> tuple[list[Any], set[str]]:
+        """Write this rank's file, flushed to disk; returns where in it each box lies, and its name. Raises what keeps it from being written."""
         found: list[Any] = []
         for i, bucket in enumerate(self._writer.write_buckets):
             done: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -78,15 +78,14 @@ class Writing:
             if isinstance(outcome, Exception):
                 raise outcome
             found += outcome
-        return found
+        return found, {result.storage_data.relative_path for result in found}
 
-    def finish(self, parts: list[list[Any]]) -> dict[str, str]:
+    def finish(self, parts: list[list[Any]]) -> tuple[dict[str, str], set[str]]:
         """On the first rank: the records that make a checkpoint of the parts. The index of its tensors is theirs, the manifest has none."""
         self._writer.finish(self._metadata, parts)
         torch.save({}, self._folder / "common.pt")   # megatron's own `load` looks for it
-        sync(self._folder / "common.pt")
         save_config(BACKEND, str(self._folder))
-        return {}
+        return {}, {vetted.FILE, "common.pt", "metadata.json"}
 
 
 class Reader:
@@ -108,7 +107,11 @@ class Reader:
             return self._metadata
 
         with mock.patch.object(FileSystemReader, "read_metadata", read_metadata):
-            TorchDistLoadShardedStrategy().load({str(i): _sharded(box, box.data) for i, box in enumerate(wanted)}, str(self._folder))
+            try:
+                TorchDistLoadShardedStrategy().load({str(i): _sharded(box, box.data) for i, box in enumerate(wanted)}, str(self._folder))
+            except (CheckpointException, Exception) as error:   # the former is no Exception
+                reason = " ".join(_root(error).split())[:200]
+                raise UserError(f"checkpoint '{self._folder}' cannot be read ({reason}); {another(self._folder)}") from error
         if optimizer:
             torch.set_rng_state(state)
 
@@ -121,6 +124,15 @@ class Reader:
             shape, dtype = tuple(kept[box.name].size), kept[box.name].properties.dtype
             if (shape, dtype) != (box.whole, box.data.dtype):
                 raise UserError(f"checkpoint '{self._folder}': tensor '{box.name}' is {list(shape)} {dtype}, expected {list(box.whole)} {box.data.dtype}")
+
+
+def _root(error: BaseException) -> str:
+    """What a failure came from: torch's own is every rank's traceback in one text."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = min(error.failures.items())[1][0]
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return f"{type(error).__name__}: {error}"
 
 
 def _sharded(box: Box, data: Tensor) -> ShardedTensor:

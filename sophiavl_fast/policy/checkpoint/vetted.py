@@ -1,14 +1,19 @@
 """The metadata of a torch_dist checkpoint, read without running anything that it names.
 
 torch keeps it as a pickle, which may name any function and have it called. Here it may name nothing but the record types that torch's own writer puts
-there, the tensors' files must be plain names beside it, and every tensor's bytes must lie within its file.
+there and change none of them, the tensors' files must be plain names beside it, every tensor must be covered by its boxes, each value once, and every
+box's bytes must lie within its file.
 """
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import pickle
+from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
+import torch
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -27,11 +32,23 @@ RECORDS = {
 }
 
 
-class _Records(pickle.Unpickler):
+class _Records(pickle._Unpickler):   # the one in C does not let its steps be looked at
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if name in RECORDS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+    def load_build(self) -> None:
+        """Gives an object its fields: a record's, never those of a class, a function or an enumeration's member, which are the whole process's."""
+        into = self.stack[-2]
+        if isinstance(into, type) or not dataclasses.is_dataclass(into):
+            raise pickle.UnpicklingError(f"it would change {into!r}")
+        super().load_build()   # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read(folder: Path) -> Metadata:
@@ -61,18 +78,45 @@ def _unpickled(file: IO[bytes]) -> Any:
 def _fault(found: Any, folder: Path) -> str | None:
     """What keeps this from being the metadata of tensors that all lie in the folder, None for nothing."""
     try:
-        if wrong := [name for name, what in found.state_dict_metadata.items() if not isinstance(what, TensorStorageMetadata)]:
-            return f"'{wrong[0]}' is no tensor"
-        ends: dict[str, int] = {}
-        for place in found.storage_data.values():
-            if place.relative_path != Path(place.relative_path).name or place.transform_descriptors:
-                return f"'{place.relative_path}' is no file of its own folder"
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-        kept = {index.fqn for index in found.storage_data}
-        if lost := sorted(set(found.state_dict_metadata) - kept):
-            return f"tensor '{lost[0]}' lies in no file"
-    except (AttributeError, TypeError) as error:
+        return _of_tensors(found) or _of_files(list(found.storage_data.values()), folder)
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
         return f"it is not of the form that torch writes ({error})"
+
+
+def _of_tensors(found: Any) -> str | None:
+    boxes: set[tuple[str, tuple[int, ...]]] = set()
+    for name, what in found.state_dict_metadata.items():
+        if not isinstance(what, TensorStorageMetadata) or not isinstance(what.properties.dtype, torch.dtype):
+            return f"'{name}' is no tensor"
+        if not _covered(tuple(what.size), [(tuple(c.offsets), tuple(c.sizes)) for c in what.chunks]):
+            return f"the parts of tensor '{name}' do not make a whole of {list(what.size)}"
+        boxes |= {(name, tuple(chunk.offsets)) for chunk in what.chunks}
+    kept = {(index.fqn, tuple(index.offset)) for index in found.storage_data}
+    if wrong := sorted(boxes ^ kept):
+        name, begin = wrong[0]
+        return f"the part of tensor '{name}' at {list(begin)} {'lies in no file' if wrong[0] in boxes else 'is none of its parts'}"
+    return None
+
+
+def _covered(size: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether boxes (offsets, sizes) hold every element of a tensor exactly once."""
+    for begin, extent in boxes:
+        if not len(begin) == len(extent) == len(size) or not all(type(n) is int and n >= 0 for n in (*begin, *extent)):
+            return False
+        if any(b + e > s for b, e, s in zip(begin, extent, size, strict=True)):
+            return False
+    apart = all(any(b + e <= c or c + f <= b for b, e, c, f in zip(*one, *other, strict=True)) for one, other in itertools.combinations(boxes, 2))
+    return apart and sum(prod(extent) for _, extent in boxes) == prod(size)
+
+
+def _of_files(places: list[Any], folder: Path) -> str | None:
+    ends: dict[str, int] = {}
+    for place in places:
+        if place.relative_path != Path(place.relative_path).name or place.transform_descriptors:
+            return f"'{place.relative_path}' is no file of its own folder"
+        if not all(type(n) is int and n >= 0 for n in (place.offset, place.length)):
+            return f"a part of '{place.relative_path}' begins at {place.offset} and is {place.length} bytes long"
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in sorted(ends.items()):
         path = folder / name
         if not path.is_file():

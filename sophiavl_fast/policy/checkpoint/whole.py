@@ -7,6 +7,7 @@ Ranks gather tensors together, one at a time, and take turns in writing.
 """
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ class Writing:
     def __init__(self, policy: Policy, folder: Path, *, copied: bool) -> None:
         self._folder, self._tensors = folder, list(shares(policy)) if copied else shares(policy)
 
-    def write(self) -> dict[str, str]:
-        """Names and files of this rank's tensors. Collective unless `copied`."""
-        return write(self._tensors, self._folder, dist.get_rank())
+    def write(self) -> tuple[dict[str, str], set[str]]:
+        """Names and files of this rank's tensors, and its files. Collective unless `copied`."""
+        index = write(self._tensors, self._folder, dist.get_rank())
+        return index, set(index.values())
 
-    def finish(self, parts: list[dict[str, str]]) -> dict[str, str]:
-        """The manifest's index, from what every rank's `write` returned."""
-        return {name: file for part in parts for name, file in part.items()}
+    def finish(self, parts: list[dict[str, str]]) -> tuple[dict[str, str], set[str]]:
+        """The manifest's index, from those that every rank's `write` returned, and the files that it took: none."""
+        return {name: file for part in parts for name, file in part.items()}, set()
 
 
 def shares(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -62,12 +64,16 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, rank: int) -> dic
         index.update(dict.fromkeys(held, file))
         held.clear()
 
-    for name, tensor in tensors:
-        held[name] = tensor
-        if sum(t.nbytes for t in held.values()) >= PART_BYTES:
+    remaining = iter(tensors)
+    try:
+        for name, tensor in remaining:
+            held[name] = tensor
+            if sum(t.nbytes for t in held.values()) >= PART_BYTES:
+                flush()
+        if held:
             flush()
-    if held:
-        flush()
+    finally:   # where the disk takes no more: the other ranks still gather what they have to write, and this one's part is in it
+        collections.deque(remaining, maxlen=0)
     return index
 
 
@@ -90,7 +96,7 @@ class Reader:
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.files:
-            raise UserError(f"checkpoint '{self.folder}' holds no tensor '{name}'")
+            raise UserError(f"checkpoint '{self.folder}' holds no tensor '{name}'; {self.hint}")
         file = self.files[name]
         return mapping.read_tensor(self.open[file], name, f"checkpoint '{self.folder}': {file}", self.hint)
 

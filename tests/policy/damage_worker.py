@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from sophiavl_fast.policy import Policy, checkpoint
+from sophiavl_fast.policy.checkpoint import whole
 from sophiavl_fast.policy.saver import Saver
 
 
@@ -42,13 +43,14 @@ def damaged(policy, path):
     if os.environ["RANK"] == "0":
         part = max((p for p in path.iterdir() if p.suffix in (".distcp", ".safetensors")), key=lambda p: p.name)
         data = part.read_bytes()
-        part.write_bytes(data[:-30] + bytes(30))
+        part.write_bytes(data[:-30] + bytes(b ^ 255 for b in data[-30:]))
     policy.layout.wait("damage")
     return [told(lambda: checkpoint.load(policy, path))]
 
 
 def main():
     torch.set_num_threads(1)
+    whole.PART_BYTES = 100_000   # so that the disk is full long before the last tensor is gathered
     folder, out, form = sys.argv[1:]
     sections = {"parallel": {"tensor": 2}, "checkpoint": {"format": form}, "policy": {"control_timeout_s": 60}}
     policy = Policy.create(tiny.config(Path(folder), **sections), reference=False, total_steps=1)

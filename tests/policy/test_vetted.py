@@ -35,6 +35,13 @@ def a_part_twice(m):
     m.storage_data[MetadataIndex(EMBEDDING, torch.Size([5, 0]))] = place
 
 
+def a_part_over_another(m):
+    """As many values as there should be, five rows of them twice and five not at all."""
+    chunk = m.state_dict_metadata[EMBEDDING].chunks[0]
+    chunk.sizes = torch.Size([chunk.sizes[0] - 5, *chunk.sizes[1:]])
+    a_part_twice(m)
+
+
 def a_part_beyond(m):
     chunk = m.state_dict_metadata[EMBEDDING].chunks[0]
     chunk.sizes = torch.Size([chunk.sizes[0] * 2, *chunk.sizes[1:]])
@@ -67,6 +74,7 @@ def no_places(m):
 
 @pytest.mark.parametrize("spoil,message", [
     (no_parts, f"the parts of tensor '{EMBEDDING}' do not make a whole of"), (a_part_cut, "do not make a whole"), (a_part_twice, "do not make a whole"),
+    (a_part_over_another, "do not make a whole"),
     (a_part_beyond, "do not make a whole"), (a_part_elsewhere, rf"the part of tensor '{EMBEDDING}' at \[0, 0\] lies in no file"),
     (a_part_too_many, r"the part of tensor 'model/more' at \[0\] is none of its parts"), (before_the_file, "begins at -5"), (between_bytes, "begins at 0.5"),
     (no_properties, "not of the form"), (no_places, "not of the form")], ids=lambda value: getattr(value, "__name__", ""))

@@ -322,7 +322,7 @@ class Debug(Node):
     check_batches: bool = True
     """Check contents of packed rows (boundaries, image tokens against features)."""
     record: str | None = None
-    """Folder that keeps every step's sampled responses, for debug.replay."""
+    """Folder that keeps every step's sampled responses, for debug.replay. A new run is refused where it holds another's; a resumed one goes on in its own."""
     replay: str | None = None
     """Train from such a folder: no engine starts; the responses of each step are the recorded ones, in any layout."""
     rollout_only: bool = False

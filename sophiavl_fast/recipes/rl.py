@@ -39,7 +39,7 @@ def train(config: Config) -> int:
     run_dir = Path(config.run.dir)
     with refusals(run_dir):
         found = setup.resume_point(config)
-        setup.refuse_unreadable(config)
+        setup.refuse_unreadable(config, found)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config, "Trust-GRPO" if config.algorithm.name == "trust_grpo" else "GRPO"))
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase

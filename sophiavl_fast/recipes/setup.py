@@ -67,13 +67,16 @@ def steps_left(config: Config, found: Path | None) -> int:
     return max(0, config.run.steps - (int(read_state(found)["step"]) if found else 0))
 
 
-def refuse_unreadable(config: Config) -> None:
-    """UserError for a model, a judge or recorded rollouts that cannot be used, before anything is loaded."""
+def refuse_unreadable(config: Config, found: Path | None = None) -> None:
+    """UserError for a model, a judge or a folder of recorded rollouts that cannot be used, before anything is loaded.
+
+    found: the checkpoint that the run goes on from.
+    """
     open_family(config.model.path)
     model_folder.refuse_unreadable(config.model.path)
     if config.recipe == "rl":
         refuse_missing_judge(config)
-        saved.refuse_unusable(config.debug.record, config.debug.replay)
+        saved.refuse_unusable(config, int(read_state(found)["step"]) if found else None)
 
 
 def refuse_missing_judge(config: Config) -> None:

@@ -7,24 +7,53 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sophiavl_fast import recorded
+from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.rollout.engine import OnGroup, OnProgress, RolloutEngine
 from sophiavl_fast.types import Group, Prompt, Response, WeightSource
 
-NAME = re.compile(r"step_(\d+)-(\d+)\.jsonl")
+
+def refuse_unusable(config: Config, done: int | None) -> None:
+    """UserError for a folder of debug.record that cannot be made or holds another run's recording, or one of debug.replay without a recorded step.
+
+    done: the step of the checkpoint that the run goes on from; None for a new run. Every rank asks: each node may have folders of its own.
+    """
+    if config.debug.record:
+        make_folder(Path(config.debug.record))
+        if done is None:
+            _refuse_overwriting(Path(config.debug.record), Path(config.run.dir))
+    if config.debug.replay:
+        refuse_unrecorded(Path(config.debug.replay))
 
 
-def refuse_unusable(record: str | None, replay: str | None) -> None:
-    """UserError for a folder of debug.record that cannot be made, or one of debug.replay without a recorded step."""
-    if record:
-        make_folder(Path(record))
-    if replay and not any(Path(replay).glob("step_*-*.jsonl")):
-        raise UserError(f"debug.replay = '{replay}' holds no recorded step (a run with debug.record writes them)")
+def refuse_unrecorded(folder: Path) -> None:
+    """UserError for a folder of debug.replay without a recorded step."""
+    if not recorded.steps(folder):
+        raise UserError(f"debug.replay = '{folder}' holds no recorded step (a run with debug.record writes them)")
+
+
+def _refuse_overwriting(folder: Path, run_dir: Path) -> None:
+    """A run that begins at step 1 would delete what another run recorded. What this one recorded before it had a checkpoint is its own to redo."""
+    if (steps := recorded.steps(folder)) and not _recorded_there(run_dir, folder):
+        which = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+        raise UserError(f"debug.record = '{folder}' holds another run's recording ({which}), which this one would overwrite; name another folder, "
+                        "or remove it first")
+
+
+def _recorded_there(run_dir: Path, folder: Path) -> bool:
+    """Whether the run that was begun in run_dir recorded into this folder."""
+    try:
+        name = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["debug"]["record"]
+        return isinstance(name, str) and Path(name).resolve() == folder.resolve()
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
 
 
 def make_folder(folder: Path) -> None:
@@ -40,8 +69,8 @@ def make_folder(folder: Path) -> None:
 class Recorder:
     """An engine whose training groups (not its greedy evaluation) are also written to `folder`.
 
-    From the first step that it records, the folder is this run's alone: each replica writes its files anew and removes its later ones, and the first
-    removes those of replicas that this run does not have. Earlier steps stay: a resumed run goes on after them.
+    From the first step that it records, the folder is this run's alone (`refuse_unusable` has seen to it): each replica writes its files anew and removes
+    its later ones, and the first removes those of replicas that this run does not have. Earlier steps stay: a resumed run goes on after them.
     """
 
     def __init__(self, engine: RolloutEngine, folder: Path, replica: int, replicas: int = 1) -> None:
@@ -65,7 +94,7 @@ class Recorder:
         """Each file is of one replica's care, so that it does not matter which are at work meanwhile."""
         first = min(self._begun)
         for file in self._folder.glob("step_*-*.jsonl"):
-            if not (named := NAME.fullmatch(file.name)) or int(named[1]) < first:
+            if not (named := recorded.NAME.fullmatch(file.name)) or int(named[1]) < first:
                 continue
             step, replica = int(named[1]), int(named[2])
             if (replica == self._replica and step not in self._begun) or (self._replica == 0 and replica >= self._replicas):
@@ -93,7 +122,7 @@ class Replay:
     """The recorded responses in place of an engine's. Prompts must be those that the recording run drew, on any number of replicas."""
 
     def __init__(self, folder: Path) -> None:
-        refuse_unusable(None, str(folder))
+        refuse_unrecorded(folder)
         self._folder, self.version = folder, 0
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,

@@ -143,6 +143,13 @@ def test_what_cannot_be_read_is_refused_before_anything_is_loaded(model, tmp_pat
         setup.refuse_unreadable(conf(model={"path": f"{tmp_path}/cuts"}))
     with pytest.raises(UserError, match=r"debug.replay = '.*nowhere' holds no recorded step"):
         setup.refuse_unreadable(conf(**good, debug={"replay": str(tmp_path / "nowhere")}))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "step_1-0.jsonl").touch()
+    recording = conf(**good, debug={"record": str(tmp_path / "kept")})
+    with pytest.raises(UserError, match=r"debug.record = '.*kept' holds another run's recording \(step 1\)"):
+        setup.refuse_unreadable(recording)
+    setup.refuse_unreadable(recording, checkpoint_of(model, tmp_path / "run", 1))
+    setup.refuse_unreadable(conf(**good, debug={"record": str(tmp_path / "kept")}, recipe="sft"))
     with pytest.raises(UserError, match=r"thinking.path = '.*none' is no model folder"):
         setup.refuse_unreadable(conf(**good | {"thinking": {"backend": "local", "path": str(tmp_path / "none")}}))
 

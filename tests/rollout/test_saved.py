@@ -4,9 +4,14 @@ import re
 
 import pytest
 
+from sophiavl_fast import config as tree
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.rollout.saved import Recorder, Replay, refuse_unusable
 from sophiavl_fast.types import Prompt
+
+
+def conf(run_dir, **debug):
+    return tree.build({"run": {"dir": str(run_dir)}, "debug": {key: str(value) for key, value in debug.items()}})
 
 
 def line(name: str, token: int) -> str:
@@ -89,9 +94,30 @@ def test_folders_are_refused_before_anything_starts(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(UserError, match=rf"^debug.record = '{place}' cannot be made: (File exists|Not a directory); name a folder$"):
-            refuse_unusable(str(place), None)
+            refuse_unusable(conf(tmp_path / "run", record=place), None)
         with pytest.raises(UserError, match=rf"^debug.replay = '{place}' holds no recorded step"):
-            refuse_unusable(None, str(place))
-    refuse_unusable(str(tmp_path / "new"), str(write(tmp_path / "kept", step_1__0="")))
-    refuse_unusable(None, None)
+            refuse_unusable(conf(tmp_path / "run", replay=place), None)
+    refuse_unusable(conf(tmp_path / "run", record=tmp_path / "new", replay=write(tmp_path / "kept", step_1__0="")), None)
+    refuse_unusable(conf(tmp_path / "run"), None)
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_new_run_leaves_the_recording_of_another_alone(tmp_path, monkeypatch):
+    """A resumed one goes on in its own, and so does one that is started again before it had a checkpoint, however it spells the folder."""
+    run_dir, kept = tmp_path / "run", write(tmp_path / "kept", step_2__0="", step_10__1="", step_x="")
+    said = rf"^debug.record = '{kept}' holds another run's recording \(steps 2 to 10\), .* name another folder, or remove it first$"
+    with pytest.raises(UserError, match=said):
+        refuse_unusable(conf(run_dir, record=kept), None)
+    refuse_unusable(conf(run_dir, record=kept), 0)
+    run_dir.mkdir()
+    for text in (tree.dump(conf(run_dir)), tree.dump(conf(run_dir, record=tmp_path)), "debug: [", "debug: 1", "[]", "\0"):
+        (run_dir / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=said):
+            refuse_unusable(conf(run_dir, record=kept), None)
+    (run_dir / "config.yaml").write_text(tree.dump(conf(run_dir, record=kept)))
+    monkeypatch.chdir(tmp_path)
+    refuse_unusable(conf("run", record="kept"), None)
+    assert sorted(f.name for f in kept.iterdir()) == ["step_10-1.jsonl", "step_2-0.jsonl", "step_x.jsonl"]
+    (kept / "step_2-0.jsonl").unlink()
+    (kept / "step_10-1.jsonl").unlink()
+    refuse_unusable(conf(tmp_path / "third", record=kept), None)

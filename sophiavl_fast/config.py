@@ -75,7 +75,7 @@ class Rollout(Node):
     engine: Literal["server", "inline"] = "server"
     """server: vLLM in its own process group; inline: inside a single-process trainer."""
     urls: list[str] = []
-    """Servers already running, shared out over the replicas; empty: the trainer spawns `engines` of them."""
+    """Servers already running, of the same model in the same dtype, shared out over the replicas; empty: the trainer spawns `engines` of them."""
     engines: int = 1
     """Servers that each data-parallel replica spawns; requests go to the one with the fewest unanswered."""
     gpus: list[int] = []

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from sophiavl_fast.errors import UserError, nearest
 
 AGAIN = "download the whole Hugging Face folder again (git-lfs leaves pointers in place of large files: `git lfs pull`)"
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
+# Fields that say how a model is stored, sampled or begun, not what it computes here (rope kinds other than the default are refused), or are compared elsewhere.
+UNFELT = frozenset((
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "name_or_path", "use_cache", "initializer_range",
+    "initializer_factor", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type", "bos_token_id",
+    "eos_token_id", "pad_token_id", "tie_word_embeddings", "max_position_embeddings", "use_sliding_window", "sliding_window", "max_window_layers",
+    "is_encoder_decoder", "chunk_size_feed_forward", "rope_type", "type", "factor", "attn_implementation", "tokenizer_class", "processor_class",
+    "torchscript", "use_bfloat16", "pruned_heads"))
 
 
 def refuse_missing(path: str | Path, option: str = "model.path") -> None:
@@ -63,6 +71,20 @@ def open_config(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validators raise classes of their own
         raise UserError(f"model.path = '{path}': config.json cannot be used: {' '.join(str(error).split())[:300]}") from None
+
+
+def described(config: Any) -> dict[str, Any]:
+    """JSON values of a transformers config by dotted name, such as text_config.rms_norm_eps; without UNFELT, dropout and what is None."""
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if key in UNFELT or "dropout" in key or key.startswith("_") or value is None:
+                continue
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(json.loads(json.dumps(config.to_dict(), default=str)), ""))
 
 
 def open_model(path: str | Path, option: str = "model.path", **how: Any) -> Any:

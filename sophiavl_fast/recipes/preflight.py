@@ -14,7 +14,7 @@ from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate.records import refuse_unusable
 from sophiavl_fast.monitor.loggers import refuse_missing_loggers
 from sophiavl_fast.rewards.thinking import open_judge
-from sophiavl_fast.rollout import refuse_missing_engine
+from sophiavl_fast.rollout import identity, refuse_missing_engine
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.server import CLOSE_S, pick_port
 from sophiavl_fast.types import MAX_IMAGES
@@ -36,6 +36,20 @@ def refuse_absent(config: Config) -> None:
     asks = config.thinking.backend == "endpoint" and config.thinking.on_error == "fail" and not config.thinking.serve
     if asks and (judge := open_judge(config, torch.device("cpu"))):  # it asks the endpoint as it opens
         judge.close()
+
+
+def refuse_other_models(config: Config) -> None:
+    """UserError for a server of rollout.urls that answers and holds another model. Each lead asks its own servers: an address may be another one elsewhere."""
+    if config.rollout.engine == "server" and not config.debug.replay:
+        identity.refuse_others(config, own_urls(config))
+
+
+def own_urls(config: Config) -> list[str]:
+    """The servers of the replica that this rank leads, before any process group tells; none for a lead's peers. Ranks: see policy.distributed._peers."""
+    p, rank, world = config.parallel, int(os.environ.get("RANK", "0")), config_checks.world_size(os.environ) or 1
+    replicas = world // (p.tensor * p.pipeline * p.context)
+    replica, peer = divmod(rank, p.tensor * p.context)
+    return [] if peer or replica >= replicas else config.rollout.urls[replica::replicas]
 
 
 def _refuse_taken_ports(config: Config) -> None:

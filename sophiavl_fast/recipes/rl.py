@@ -45,6 +45,8 @@ def train(config: Config) -> int:
         progress.watch = stack.enter_context(Muster(run_dir, config.policy.control_timeout_s)).phase
         with progress.phase("data"):
             preflight.refuse_absent(config)
+            if setup.steps_left(config, found):
+                preflight.refuse_other_models(config)
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor, limits=preflight.training_limits(config))
             stack.callback(loader.close)

@@ -18,6 +18,7 @@ import torch
 
 from sophiavl_fast.config import Config, Rollout
 from sophiavl_fast.errors import EngineError, EngineLost, UserError
+from sophiavl_fast.rollout import identity
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.engine import Collected, Decode, OnGroup, OnProgress, Sample, Sampling, check_fits, check_prompt_ids
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
@@ -54,8 +55,8 @@ class ServerRollout:
 
         self._transfer = Transfer(nonce=nonce, checksums=c.checksum, in_flight=c.staleness > 0)
         self._pool = Pool(c.engines, urls, start=start, control=lambda e: HttpControl(e.url, self._token, c.transfer_timeout_s, e.server),
-                          channel=lambda control: open_channel(backend, control, c, gpu), nonce=nonce, banned_ids=banned_ids,
-                          max_restarts=c.max_restarts, start_timeout_s=c.start_timeout_s)
+                          channel=lambda control: open_channel(backend, control, c, gpu), compare=lambda control: identity.refuse_other(config, control),
+                          nonce=nonce, banned_ids=banned_ids, max_restarts=c.max_restarts, start_timeout_s=c.start_timeout_s)
         try:
             self._pool.open(on_wait)
         except BaseException:

@@ -58,13 +58,17 @@ class Picked(NamedTuple):
 
 
 class Pool:
-    """start(index): spawns the server of that number. control, channel: the ways to an engine that answers. nonce: the run's."""
+    """start(index): spawns the server of that number. control, channel: the ways to an engine that answers. nonce: the run's.
+
+    compare: raises UserError for an engine found running that holds another model.
+    """
 
     def __init__(self, count: int, urls: list[str], *, start: Callable[[int], Server], control: Callable[[Engine], HttpControl],
-                 channel: Callable[[HttpControl], Channel], nonce: str, banned_ids: list[int], max_restarts: int, start_timeout_s: float) -> None:
+                 channel: Callable[[HttpControl], Channel], compare: Callable[[HttpControl], None], nonce: str, banned_ids: list[int], max_restarts: int,
+                 start_timeout_s: float) -> None:
         self.engines = [Engine(i, url, state="up") for i, url in enumerate(urls)] or [Engine(i) for i in range(count)]
         self.restarts = self.redone = 0
-        self._start, self._control, self._channel, self._nonce, self._banned_ids = start, control, channel, nonce, banned_ids
+        self._start, self._control, self._channel, self._compare, self._nonce, self._banned_ids = start, control, channel, compare, nonce, banned_ids
         self._max_restarts, self._start_timeout_s = max_restarts, start_timeout_s
         self._source: WeightSource | None = None
         self._version = 0
@@ -238,6 +242,8 @@ class Pool:
     def _connect(self, engine: Engine, life: int) -> None:
         """Claim the engine for this run and open the way for weights. A spawned one holds version 0, model.path's."""
         control = self._control(engine)
+        if not engine.server:
+            self._compare(control)
         control.rpc("sophia_claim", self._nonce, self._banned_ids)
         if engine.server:
             control.label(f"{self._nonce}:0")

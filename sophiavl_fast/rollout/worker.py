@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.rollout import rewind
 from sophiavl_fast.rollout.bans import set_banned
 from sophiavl_fast.rollout.transfer.checksum import checksum
@@ -33,6 +34,11 @@ class EngineExtension:
             self._sophia_had: set[str] = set()
         self._sophia_nonce = nonce
         set_banned(banned_ids)
+
+    def sophia_model(self) -> dict[str, object]:
+        """What the engine was started from, for a run to compare with its own model before it claims it (rollout.identity)."""
+        path = self.model_config.model
+        return {"path": path, "dtype": str(self.model_config.dtype).removeprefix("torch."), "fields": model_folder.described(model_folder.open_config(path))}
 
     def sophia_unknown(self, names: list[str]) -> list[str]:
         """Those of the names that the engine's own checkpoint does not hold."""

@@ -3,6 +3,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -14,6 +15,9 @@ from sophiavl_fast import config as tree
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import Policy
 from sophiavl_fast.recipes import preflight, rl, sft
+from sophiavl_fast.rollout import identity
+from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
+from sophiavl_fast.rollout.server import Server, pick_port
 from tests.rewards.helpers import honest, judge_server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -134,6 +138,61 @@ def test_a_port_that_is_taken(start, tmp_path, monkeypatch):
         monkeypatch.setattr(time, "sleep", lambda _: taken.close())
         with pytest.raises(Loaded):
             start("rollout.engine=server", f"rollout.port={port}")
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    """A real server of the tiny model, as `python -m sophiavl_fast.rollout.serve` starts it."""
+    config = tree.build({"model": {"path": str(model), "dtype": "float32"}, "data": {"max_prompt_tokens": 400},
+                         "rollout": {"max_new_tokens": 8, "max_num_seqs": 8}})
+    server = Server(config, device="cpu", backend="gloo", run_dir=tmp_path_factory.mktemp("served"), token="secret")
+    server.wait_ready(900.0)
+    yield server
+    server.close()
+
+
+def other_model(model: Path, folder: Path, **text) -> Path:
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | text}))
+    return folder
+
+
+@pytest.mark.engine
+def test_a_server_of_another_model_is_refused_before_weights_are_loaded(start, served, model, tmp_path, monkeypatch):
+    """Also where every tensor has the same shape. The same model in another folder is the same."""
+    monkeypatch.setenv(TOKEN_VARIABLE, served.token)
+    found = ("rollout.engine=server", f"rollout.urls=[{served.url}]")
+    with pytest.raises(Loaded):
+        start(*found, f"model.path={other_model(model, tmp_path / 'same', use_cache=False)}")
+    for text, said in (({"rms_norm_eps": 1e-6}, "text_config.rms_norm_eps is 1e-05 there, 1e-06 here"),
+                       ({"intermediate_size": 256}, "intermediate_size is 512")):
+        folder = other_model(model, tmp_path / "-".join(text), **text)
+        with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' serves another model: .*{said}.* set model.path='{model}', or start the server "
+                           rf"anew with model.path='{folder}'$"):
+            start(*found, f"model.path={folder}")
+    with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' serves .* in another precision: float32 there, model.dtype = bfloat16 here; .*"):
+        start(*found, "model.dtype=bfloat16")
+    monkeypatch.setattr(identity, "METHOD", "sophia_unheard_of")   # what a server that was started by an older version answers
+    with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' does not tell which model it serves.*; start it anew"):
+        start(*found)
+
+
+def test_a_server_that_is_still_starting_is_compared_once_it_answers(start, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    with pytest.raises(Loaded):
+        start("rollout.engine=server", f"rollout.urls=['http://127.0.0.1:{pick_port(0)}']")
+
+
+@pytest.mark.parametrize("parallel,processes,leads", [
+    ({}, 3, {0: 0, 1: 1, 2: 2}), ({"tensor": 2, "context": 2}, 8, {0: 0, 4: 1}), ({"tensor": 2, "pipeline": 2}, 8, {0: 0, 2: 1})])
+def test_each_lead_asks_its_own_servers(monkeypatch, parallel, processes, leads):
+    """Ranks as policy.distributed numbers them: the stages of a pipeline lie furthest apart."""
+    config = tree.build({"parallel": parallel, "rollout": {"urls": [f"http://h:{i}" for i in range(1, 6)]}})
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert preflight.own_urls(config) == (config.rollout.urls[leads[rank]::len(leads)] if rank in leads else [])
 
 
 def test_an_endpoint_that_does_not_answer(start):

@@ -31,7 +31,7 @@ def test_a_closed_group_is_a_lost_engine():
 def pool():
     """Two engines found running, which have this run's weights; nobody listens there any more."""
     found = Pool(2, [f"http://127.0.0.1:{pick_port(0)}" for _ in range(2)], start=None, control=lambda e: HttpControl(e.url, "token", 5.0, None), channel=None,
-                 nonce="n", banned_ids=[], max_restarts=3, start_timeout_s=5.0)
+                 compare=None, nonce="n", banned_ids=[], max_restarts=3, start_timeout_s=5.0)
     for engine in found.engines:
         channel = GlooChannel.__new__(GlooChannel)
         engine.lane, engine.state = Lane(HttpControl(engine.url, "token", 5.0, None), channel), "ready"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import socket
 import threading
 import time
@@ -210,6 +211,18 @@ def test_a_taken_port_is_one_line():
 def test_a_free_port_is_not_one_that_the_system_hands_out():
     """Or a connection made while the server starts may take it."""
     assert all(1024 < pick_port(0) < lowest_handed_out() for _ in range(20))
+
+
+def test_a_found_server_of_another_model_is_never_claimed(engine, prompts, folder, tmp_path, monkeypatch):
+    """One that answers only once the policy is there is compared as late as that; the run that it serves goes on."""
+    monkeypatch.setenv(TOKEN_VARIABLE, server(engine).token)
+    other = shutil.copytree(folder, tmp_path / "other")
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    assert (other / "config.json").read_text() != text
+    with pytest.raises(UserError, match=rf"rollout.urls: '{server(engine).url}' serves another model: text_config.rms_norm_eps is 1e-05 there, 1e-06 here"):
+        open_engine(other, tmp_path, engine="server", urls=[server(engine).url], transfer_timeout_s=30)
+    assert engine.generate(prompts, **HOT)
 
 
 def test_a_found_server_is_trusted_after_a_transfer_only(engine, prompts, model, folder, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ not simply 0, 1, 2. `families/__init__.py` lists it by the `model_type` of its c
 """
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.policy.mapping import Folder, Rule
 
-# Fields that say how a model is stored, sampled or begun, not what it computes here (rope kinds other than the default are refused), or are compared elsewhere.
-UNFELT = frozenset((
-    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "name_or_path", "use_cache", "initializer_range",
-    "initializer_factor", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "problem_type", "bos_token_id",
-    "eos_token_id", "pad_token_id", "tie_word_embeddings", "max_position_embeddings", "use_sliding_window", "sliding_window", "max_window_layers",
-    "is_encoder_decoder", "chunk_size_feed_forward", "rope_type", "type", "factor", "attn_implementation", "tokenizer_class", "processor_class",
-    "torchscript", "use_bfloat16", "pruned_heads"))
 QKV_BIAS, QK_NORM = ("qwen2", "qwen2_5_vl_text"), ("qwen3", "qwen3_vl_text")
 TEXT_MODELS = (*QKV_BIAS, *QK_NORM, "llama")
 
@@ -59,7 +51,7 @@ class Family:
 
     def __init__(self, folder: Path, hf_config: Any) -> None:
         self.folder, self.hf_config, self.text = folder, hf_config, hf_config.text_config
-        self.described = described(hf_config)
+        self.described = model_folder.described(hf_config)
         self._check_text()
         self.vocab_size: int = self.text.vocab_size
         self.hidden_size: int = self.text.hidden_size
@@ -183,20 +175,6 @@ class Family:
             found.append(places[done])
             done += size
         return found
-
-
-def described(config: Any) -> dict[str, Any]:
-    """JSON values of a transformers config by dotted name, such as text_config.rms_norm_eps; without UNFELT, dropout and what is None."""
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if key in UNFELT or "dropout" in key or key.startswith("_") or value is None:
-                continue
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(walk(json.loads(json.dumps(config.to_dict(), default=str)), ""))
 
 
 def quiet(config: Any) -> Any:

@@ -1,0 +1,53 @@
+"""Whether a server of `rollout.urls` holds the run's own model, of which it takes the weights only: no transfer tells two models of the same shapes apart."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sophiavl_fast import model_folder
+from sophiavl_fast.config import Config
+from sophiavl_fast.errors import EngineError, EngineLost, UserError
+from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
+from sophiavl_fast.rollout.transfer.http import HttpControl
+
+METHOD = "sophia_model"
+
+
+def refuse_others(config: Config, urls: list[str]) -> None:
+    """UserError for one of these servers that holds another model. One that does not answer yet is compared later, once it does (`Pool.open`)."""
+    for url in urls:
+        control = HttpControl(url, os.environ.get(TOKEN_VARIABLE, ""), config.rollout.transfer_timeout_s, None)
+        try:
+            refuse_other(config, control)
+        except EngineLost:
+            continue
+        finally:
+            control.close()
+
+
+def refuse_other(config: Config, control: HttpControl) -> None:
+    """UserError where this server holds another model than model.path, holds it in another precision, or does not say.
+
+    Fields are compared where both name them: another machine's transformers may know others.
+    """
+    there, path = _told(control), config.model.path
+    own, fields = model_folder.described(model_folder.open_config(path)), there["fields"]
+    for key in sorted(own.keys() & fields.keys(), key=lambda key: (key != "model_type", key)):
+        if own[key] != fields[key]:
+            raise UserError(f"rollout.urls: '{control.url}' serves another model: {key} is {fields[key]!r} there, {own[key]!r} here; "
+                            f"set model.path='{there['path']}', or start the server anew with model.path='{path}'")
+    if there["dtype"] != config.model.dtype:
+        raise UserError(f"rollout.urls: '{control.url}' serves the model in another precision: {there['dtype']} there, model.dtype = {config.model.dtype} "
+                        f"here; set model.dtype={there['dtype']}, or start the server anew with model.dtype={config.model.dtype}")
+
+
+def _told(control: HttpControl) -> dict[str, Any]:
+    try:
+        return control.rpc(METHOD)[0]
+    except EngineLost:
+        raise
+    except EngineError as error:
+        if METHOD not in str(error):
+            raise
+        raise UserError(f"rollout.urls: '{control.url}' does not tell which model it serves (another version of sophiavl-fast started it); start it anew "
+                        "with this version's `python -m sophiavl_fast.rollout.serve`") from None

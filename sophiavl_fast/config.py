@@ -324,7 +324,7 @@ class Debug(Node):
     record: str | None = None
     """Folder that keeps every step's sampled responses, for debug.replay. A new run is refused where it holds another's; a resumed one goes on in its own."""
     replay: str | None = None
-    """Train from such a folder: no engine starts; the responses of each step are the recorded ones, in any layout."""
+    """Train from such a folder: no engine starts; the responses of each step are the recorded ones, in any layout. It must hold every step up to run.steps."""
     rollout_only: bool = False
     """Sample and score, but leave the weights as they are."""
 

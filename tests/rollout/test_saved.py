@@ -10,8 +10,8 @@ from sophiavl_fast.rollout.saved import Recorder, Replay, refuse_unusable
 from sophiavl_fast.types import Prompt
 
 
-def conf(run_dir, **debug):
-    return tree.build({"run": {"dir": str(run_dir)}, "debug": {key: str(value) for key, value in debug.items()}})
+def conf(run_dir, steps=1, **debug):
+    return tree.build({"run": {"dir": str(run_dir), "steps": steps}, "debug": {key: str(value) for key, value in debug.items()}})
 
 
 def line(name: str, token: int) -> str:
@@ -121,3 +121,16 @@ def test_a_new_run_leaves_the_recording_of_another_alone(tmp_path, monkeypatch):
     (kept / "step_2-0.jsonl").unlink()
     (kept / "step_10-1.jsonl").unlink()
     refuse_unusable(conf(tmp_path / "third", record=kept), None)
+
+
+def test_a_replay_must_hold_every_step_of_the_run(tmp_path):
+    kept = write(tmp_path / "kept", **{f"step_{step}__0": "" for step in (1, 2, 3, 5)})
+    go = lambda steps, done=None: refuse_unusable(conf(tmp_path / "run", steps, replay=kept), done)
+    go(3)
+    go(5, 4)
+    go(3, 3)   # nothing is left to replay
+    for steps, done, said in ((6, 4, "step 6 was not recorded, the last one is 5; set run.steps=5"), (9, None, "step 4 was not recorded, the last one is 5; "
+                              "set run.steps=3"), (9, 6, "step 7 was not recorded, the last one is 5; replay a folder that holds steps 7 to 9"),
+                              (4, 3, "step 4 was not recorded, the last one is 5; replay a folder that holds step 4")):
+        with pytest.raises(UserError, match=f"^debug.replay = '{re.escape(str(kept))}': {said}$"):
+            go(steps, done)

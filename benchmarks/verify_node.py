@@ -45,18 +45,15 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="", help="Hugging Face folder of the model, such as Qwen2.5-VL-7B-Instruct; needed without --dry-run")
     parser.add_argument("--dry-run", action="store_true", help="two processes over gloo, the demo's tiny model")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of the node")
-    parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first is left out of the rates")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each run, at least 2: the first is left out of the rates")
     parser.add_argument("--work", default="", help="folder for data, runs and exports; a temporary one by default")
     parser.add_argument("--out", default="verify_node.json")
     a = parser.parse_args()
-    if not a.dry_run and not (Path(a.model) / "config.json").is_file():
-        parser.error(f"'{a.model}' is no Hugging Face folder; name one, or use --dry-run")
-    if not a.dry_run and (a.gpus < 2 or a.gpus % 2):
-        parser.error(f"--gpus {a.gpus}: an even number of at least 2")
+    keys = usable(a, parser)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(a.work or temporary)
-        plan = dry_plan(a.steps) if a.dry_run else gpu_plan(a.gpus, a.steps, key_heads(a.model))
+        plan = dry_plan(a.steps) if a.dry_run else gpu_plan(a.gpus, a.steps, keys)
         model = prepare(work, a.model)
         runs = {name: run(work, model, name, processes, [*plan.shared, *settings], plan) for name, (processes, settings) in plan.runs.items()}
         found = {"dry_run": a.dry_run, "model": str(a.model or "the demo's tiny model"), "dtype": plan.dtype, "runs": runs,
@@ -67,6 +64,28 @@ def main() -> int:
     common.write(Path(a.out), found)
     print(table(found))
     return int(bool(found["failures"]))
+
+
+def usable(a: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The model's key heads, 0 in a dry run. Ends here (exit code 2) where the arguments could only fail minutes later."""
+    if a.steps < 2:
+        parser.error(f"--steps {a.steps}: at least 2, since the first is left out of the rates")
+    if (a.model or not a.dry_run) and not (Path(a.model) / "config.json").is_file():
+        parser.error(f"'{a.model}' is no Hugging Face folder; name one, or " + ("leave it out for the demo's tiny model" if a.dry_run else "use --dry-run"))
+    if a.dry_run:
+        return 0
+    if a.gpus < 2 or a.gpus % 2:
+        parser.error(f"--gpus {a.gpus}: an even number of at least 2")
+    import torch
+
+    from sophiavl_fast.errors import UserError
+
+    if (there := torch.cuda.device_count()) < a.gpus:
+        parser.error(f"--gpus {a.gpus}: this machine shows {there} CUDA devices; name an even number of them, or use --dry-run")
+    try:
+        return key_heads(a.model)
+    except UserError as error:
+        parser.error(str(error))
 
 
 def dry_plan(steps: int) -> Plan:
@@ -90,13 +109,10 @@ def gpu_plan(gpus: int, steps: int, keys: int = 4) -> Plan:
 
 
 def key_heads(model: str) -> int:
-    from sophiavl_fast.errors import UserError
+    """Raises UserError for a folder whose config.json does not tell."""
     from sophiavl_fast.monitor import shapes
 
-    try:
-        return shapes.read(model).language.key_heads
-    except UserError as error:
-        raise SystemExit(f"verify_node: {error}") from None
+    return shapes.read(model).language.key_heads
 
 
 def prepare(work: Path, model: str) -> Path:
@@ -121,7 +137,7 @@ def run(work: Path, model: Path, name: str, processes: int, settings: list[str],
     if done.returncode:
         raise SystemExit(f"{name}: the run failed with exit code {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-30:]))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    later = steps[1:] or steps
+    later = steps[1:]
     middle, worst = lambda key: median(m[key] for m in later), lambda key: max(m[key] for m in steps)
     return {"processes": processes, "settings": settings, "steps": len(steps),
             "parity": {"policy_hf_max": worst("debug/hf_logprob_diff_max"), "policy_engine_max": worst("rollout/logprob_diff_max")},

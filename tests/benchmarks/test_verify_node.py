@@ -55,6 +55,27 @@ def test_a_node_of_80_gb_holds_7b(tmp_path):
         budget.require(loaded(plan, processes, [f"model.path={tmp_path}", *settings]), processes, budget.Device(True, 79.1 * budget.GIB, "triton"))
 
 
+@pytest.mark.parametrize("arguments,said", [
+    (["--dry-run", "--steps", "0"], "--steps 0: at least 2, since the first is left out of the rates"),
+    (["--dry-run", "--steps", "1"], "--steps 1: at least 2"), (["--dry-run", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+    (["--dry-run", "nowhere"], "'nowhere' is no Hugging Face folder; name one, or leave it out for the demo's tiny model"),
+    (["nowhere"], "'nowhere' is no Hugging Face folder; name one, or use --dry-run"), (["--gpus", "3", "."], "--gpus 3: an even number of at least 2"),
+    (["--gpus", "-2", "."], "--gpus -2: an even number"), (["--gpus", "64", "."], "--gpus 64: this machine shows "),
+    (["--gpus", "2", "."], "model.path = '.': config.json lacks text_config and vision_config"),
+])
+def test_arguments_that_start_nothing_are_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    monkeypatch.setattr(verify_node.sys, "argv", ["verify_node", *arguments])
+    monkeypatch.setattr(verify_node, "prepare", None)
+    with pytest.raises(SystemExit) as ended:
+        verify_node.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(f"verify_node: error: {said}")
+
+
 @pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.layout

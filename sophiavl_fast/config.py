@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sophiavl_fast import config_errors
 from sophiavl_fast.config_checks import check
 from sophiavl_fast.errors import UserError, nearest
 
@@ -382,9 +383,7 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(p) for p in first["loc"])
-        raise UserError(f"{where}: {key} = {first.get('input')!r}: {first['msg'].lower()}") from None
+        raise UserError(f"{where}: {config_errors.told(error, tree)}") from None
     if config.rollout.staleness and config.algorithm.tis_cap is None:
         config.algorithm.tis_cap = STALE_TIS_CAP
     return config
@@ -447,6 +446,8 @@ def _refuse_unknown(tree: dict[str, Any], node: type[BaseModel], prefix: str, wh
             _refuse_unknown(value, inner, f"{prefix}{key}.", where)
         elif isinstance(value, bool) and {int, float} & {inner, *get_args(inner)} and bool not in (inner, *get_args(inner)):
             raise UserError(f"{where}: {prefix}{key} = {str(value).lower()}: expected a number")
+        elif isinstance(value, dict | list) and ("int" in str(inner) or "float" in str(inner)):
+            config_errors.refuse_booleans(value, f"{prefix}{key}", where)
         elif value is False and "off" in get_args(inner):
             tree[key] = "off"  # YAML reads an unquoted off as false
 

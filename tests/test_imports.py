@@ -8,8 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("data", "rollout", "rewards", "algorithms", "policy", "monitor")
-LEVEL = {"errors": 0, "compat": 0, "argument_types": 0, "config_ranges": 0.3, "model_folder": 0.3, "recorded": 0.3, "config_checks": 0.5,
-         "config": 1, "types": 1, "kernels": 2, **dict.fromkeys(ROOMS, 3), "evaluate": 4, "recipes": 5, "reward_commands": 5.5, "cli": 6, "__main__": 7}
+LEVEL = {"errors": 0, "compat": 0, "argument_types": 0, "config_ranges": 0.3, "model_folder": 0.3, "recorded": 0.3, "config_errors": 0.3,
+         "config_checks": 0.5, "config": 1, "types": 1, "kernels": 2, **dict.fromkeys(ROOMS, 3), "evaluate": 4,
+         "recipes": 5, "reward_commands": 5.5, "cli": 6, "__main__": 7}
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -35,6 +35,11 @@ whole() {
     done
 }
 
+# port NAME: a variable that holds a port, unless it is unset or empty
+port() {
+    [ -z "${!1:-}" ] || [[ ${!1} =~ ^[1-9][0-9]{0,4}$ && ${!1} -le 65535 ]] || fail "$1 = '${!1}': expected a port from 1 to 65535"
+}
+
 count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true; }
 
 # host names of a Slurm list; without Slurm (a dry run) a plain comma-separated one

@@ -11,7 +11,8 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 source "$here/scripts/common.sh"
 options "$usage" "$@" && set -- "${rest[@]}"
 need NODES NODE_RANK HEAD
-whole 1 NODES GPUS PORT
+whole 1 NODES GPUS
+port PORT
 whole 0 NODE_RANK
 [ "$NODE_RANK" -lt "$NODES" ] || fail "NODE_RANK = $NODE_RANK: must be below NODES = $NODES"
 gpus=${GPUS:-$(count_gpus)}

@@ -12,7 +12,8 @@ here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 source "$here/scripts/common.sh"
 options "$usage" "$@" && set -- "${rest[@]}"
 need SLURM_JOB_NODELIST
-whole 1 GPUS PORT
+whole 1 GPUS
+port PORT
 mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
 launch srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "${#nodes[@]}" --nproc-per-node "${GPUS:-8}" \
     --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-dry}" --rdzv-endpoint "${nodes[0]}:${PORT:-29500}" -m sophiavl_fast train "$@"

@@ -15,7 +15,8 @@ here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 source "$here/scripts/common.sh"
 options "$usage" "$@" && set -- "${rest[@]}"
 need SLURM_JOB_NODELIST
-whole 1 GPUS ENGINE_GPUS ROLLOUT_NODES ENGINES PORT
+whole 1 GPUS ENGINE_GPUS ROLLOUT_NODES ENGINES
+port PORT
 gpus=${GPUS:-8} apart=${ROLLOUT_NODES:-1} port=${PORT:-29500}
 mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
 count=${#nodes[@]}
@@ -40,6 +41,8 @@ size=${ENGINE_GPUS:-$parallel}
 [ "$size" -le "$gpus" ] || fail "ENGINE_GPUS = $size (rollout.tensor_parallel): more than GPUS = $gpus of a node"
 engines=${ENGINES:-$((gpus / size))}
 [ $((engines * size)) -le "$gpus" ] || fail "ENGINES = $engines x ENGINE_GPUS = $size: more than GPUS = $gpus"
+last=$((port + engines * apart))
+[ "$last" -le 65535 ] || fail "PORT = $port: the first of $((last - port + 1)) ports, which end at 65535; choose at most $((65535 - last + port))"
 trainers=("${nodes[@]:0:count-apart}") rollouts=("${nodes[@]:count-apart}")
 list() { local IFS=,; echo "$*"; }
 mapfile -t urls < <(printf 'http://127.0.0.1:%s\n' $(seq $((port + 1)) $((port + engines * apart))))

@@ -3,6 +3,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ LAUNCHERS = ("train_node.sh", "train_nodes.sh", "train_slurm.sh", "train_split_s
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM") and k not in ("GPUS", "NODES", "HEAD", "NODE_RANK")}
-    return subprocess.run(["bash", str(ROOT / "scripts" / name), *arguments], cwd=ROOT, capture_output=True, text=True, env=kept | environment)
+    return subprocess.run(["bash", str(ROOT / "scripts" / name), *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env=kept | {"PYTHON": sys.executable} | environment)
 
 
 def commands(name: str, *arguments: str, **environment: str) -> list[list[str]]:
@@ -104,6 +106,11 @@ JOB = {"SLURM_JOB_NODELIST": "a,b", "GPUS": "8"}
     ("train_split_slurm.sh", JOB | {"ROLLOUT_NODES": "0"}, "ROLLOUT_NODES = '0': expected a whole number of at least 1"),
     ("train_split_slurm.sh", JOB | {"ENGINE_GPUS": "16"}, "ENGINE_GPUS = 16 (rollout.tensor_parallel): more than GPUS = 8 of a node"),
     ("train_split_slurm.sh", JOB | {"ENGINES": "0"}, "ENGINES = '0': expected a whole number of at least 1"),
+    ("train_nodes.sh", NODES | {"PORT": "65536"}, "PORT = '65536': expected a port from 1 to 65535"),
+    ("train_nodes.sh", NODES | {"PORT": "0"}, "PORT = '0': expected a port"), ("train_slurm.sh", JOB | {"PORT": "99999"}, "PORT = '99999': expected a port"),
+    ("train_slurm.sh", JOB | {"PORT": "08000"}, "PORT = '08000': expected a port"),
+    ("train_split_slurm.sh", JOB | {"PORT": "70000"}, "PORT = '70000': expected a port from 1 to 65535"),
+    ("train_split_slurm.sh", JOB | {"PORT": "65528"}, "PORT = 65528: the first of 9 ports, which end at 65535; choose at most 65527"),
     ("train_split_slurm.sh", JOB | {"GPUS": "6"}, "rollout.prompts_per_step = 32 does not divide over 6 data-parallel replicas"),
 ], ids=str)
 def test_counts_that_start_nothing_are_one_line(tmp_path, name, environment, expected):

@@ -21,6 +21,7 @@ options() {
     done
     if [ ${#rest[@]} -eq 0 ]; then echo "$usage" >&2; exit 2; fi
     [ -f "${rest[0]}" ] || fail "config file '${rest[0]}' does not exist"
+    command -v "$python" >/dev/null || fail "PYTHON = '$python' cannot be run; name an interpreter, or run \`make install\`"
 }
 
 need() { local name; for name in "$@"; do [ -n "${!name:-}" ] || fail "$name is not set; see --help"; done; }
@@ -41,6 +42,22 @@ port() {
 }
 
 count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true; }
+
+# read_config PROCESSES CONFIG [a.b=value ...]: refuses what so many processes of the trainer would refuse; prints rollout.tensor_parallel
+read_config() {
+    "$python" - "$(basename "$0")" "$@" <<'END'
+import sys
+
+from sophiavl_fast import config, errors
+
+name, processes, path, *overrides = sys.argv[1:]
+try:
+    print(config.load(path, overrides, world_size=int(processes)).rollout.tensor_parallel)
+except errors.UserError as error:
+    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(2)
+END
+}
 
 # host names of a Slurm list; without Slurm (a dry run) a plain comma-separated one
 node_names() { if command -v scontrol >/dev/null; then scontrol show hostnames "$1"; else tr , '\n' <<<"$1"; fi; }

@@ -12,4 +12,5 @@ options "$usage" "$@" && set -- "${rest[@]}"
 whole 1 GPUS
 gpus=${GPUS:-$(count_gpus)}
 [ "$gpus" -gt 0 ] || fail "no GPU found; set GPUS to the number of processes"
+read_config "$gpus" "$@" >/dev/null
 launch "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m sophiavl_fast train "$@"

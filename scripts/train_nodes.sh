@@ -17,5 +17,6 @@ whole 0 NODE_RANK
 [ "$NODE_RANK" -lt "$NODES" ] || fail "NODE_RANK = $NODE_RANK: must be below NODES = $NODES"
 gpus=${GPUS:-$(count_gpus)}
 [ "$gpus" -gt 0 ] || fail "no GPU found; set GPUS to the number of processes a node"
+read_config $((NODES * gpus)) "$@" >/dev/null
 launch "$python" -m torch.distributed.run --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$gpus" \
     --master-addr "$HEAD" --master-port "${PORT:-29500}" -m sophiavl_fast train "$@"

@@ -15,5 +15,7 @@ need SLURM_JOB_NODELIST
 whole 1 GPUS
 port PORT
 mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
-launch srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "${#nodes[@]}" --nproc-per-node "${GPUS:-8}" \
+gpus=${GPUS:-8}
+read_config $((${#nodes[@]} * gpus)) "$@" >/dev/null
+launch srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "${#nodes[@]}" --nproc-per-node "$gpus" \
     --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-dry}" --rdzv-endpoint "${nodes[0]}:${PORT:-29500}" -m sophiavl_fast train "$@"

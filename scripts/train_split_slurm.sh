@@ -21,21 +21,8 @@ gpus=${GPUS:-8} apart=${ROLLOUT_NODES:-1} port=${PORT:-29500}
 mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
 count=${#nodes[@]}
 [ "$apart" -lt "$count" ] || fail "ROLLOUT_NODES = $apart of $count nodes: none is left for the trainer"
-# read_config CONFIG [a.b=value ...]: rollout.tensor_parallel of the configuration, read as the trainer's processes will
-read_config() {
-    "$python" - "$(((count - apart) * gpus))" "$@" rollout.transfer=nccl <<'END'
-import sys
-
-from sophiavl_fast import config, errors
-
-try:
-    print(config.load(sys.argv[2], sys.argv[3:], world_size=int(sys.argv[1])).rollout.tensor_parallel)
-except errors.UserError as error:
-    print(f"train_split_slurm.sh: {error}", file=sys.stderr)
-    sys.exit(2)
-END
-}
-parallel=$(read_config "$@")
+ranks=$(((count - apart) * gpus))
+parallel=$(read_config "$ranks" "$@" rollout.transfer=nccl)
 size=${ENGINE_GPUS:-$parallel}
 [ "$parallel" -eq 1 ] || [ "$parallel" -eq "$size" ] || fail "ENGINE_GPUS = $size, but rollout.tensor_parallel = $parallel: leave one of them out"
 [ "$size" -le "$gpus" ] || fail "ENGINE_GPUS = $size (rollout.tensor_parallel): more than GPUS = $gpus of a node"
@@ -46,7 +33,8 @@ last=$((port + engines * apart))
 trainers=("${nodes[@]:0:count-apart}") rollouts=("${nodes[@]:count-apart}")
 list() { local IFS=,; echo "$*"; }
 mapfile -t urls < <(printf 'http://127.0.0.1:%s\n' $(seq $((port + 1)) $((port + engines * apart))))
-read_config "$@" "rollout.urls=[$(list "${urls[@]}")]" >/dev/null     # what the trainer would refuse is refused before an engine starts
+# what the trainer would refuse is refused before an engine starts
+read_config "$ranks" "$@" "rollout.urls=[$(list "${urls[@]}")]" rollout.transfer=nccl >/dev/null
 
 SOPHIAVL_ROLLOUT_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export SOPHIAVL_ROLLOUT_TOKEN          # by environment, never on a command line

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 SPLIT = ("configs/demo.yaml", "device=cuda", "rollout.engine=server")     # what trainer and engines on different nodes need
 LAUNCHERS = ("train_node.sh", "train_nodes.sh", "train_slurm.sh", "train_split_slurm.sh")
+NODES = {"NODES": "2", "NODE_RANK": "0", "HEAD": "first", "GPUS": "8"}
+JOB = {"SLURM_JOB_NODELIST": "a,b", "GPUS": "8"}
 
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -33,20 +35,20 @@ def test_bash_can_read_it(path):
 
 
 def test_one_node():
-    [command] = commands("train_node.sh", "configs/demo.yaml", "parallel.tensor=2", "run.dir=with a space", GPUS="2", PYTHON="py")
-    assert command == ["py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sophiavl_fast", "train", "configs/demo.yaml",
+    [command] = commands("train_node.sh", *SPLIT, "parallel.tensor=2", "run.dir=with a space", GPUS="2")
+    assert command == [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sophiavl_fast", "train", *SPLIT,
                        "parallel.tensor=2", "run.dir=with a space"]
 
 
 def test_several_nodes():
-    [command] = commands("train_nodes.sh", "configs/demo.yaml", NODES="3", NODE_RANK="1", HEAD="first", GPUS="8")
+    [command] = commands("train_nodes.sh", *SPLIT, "rollout.prompts_per_step=24", NODES="3", NODE_RANK="1", HEAD="first", GPUS="8")
     assert " --nnodes 3 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500 " in " ".join(command)
     done = script("train_nodes.sh", "--dry-run", "configs/demo.yaml", NODES="3", NODE_RANK="3", HEAD="first", GPUS="8")
     assert done.returncode == 2 and "NODE_RANK = 3: must be below NODES = 3" in done.stderr
 
 
 def test_slurm():
-    [command] = commands("train_slurm.sh", "configs/demo.yaml", SLURM_JOB_NODELIST="a,b", GPUS="4")
+    [command] = commands("train_slurm.sh", *SPLIT, SLURM_JOB_NODELIST="a,b", GPUS="4")
     assert command[:2] == ["srun", "--kill-on-bad-exit=1"] and " --nnodes 2 --nproc-per-node 4 " in " ".join(command) and "a:29500" in command
 
 
@@ -81,6 +83,22 @@ def test_what_the_trainer_would_refuse_starts_no_engine(override, said):
     assert (done.returncode, done.stdout) == (2, "") and said in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_configuration_that_the_trainer_would_refuse_is_refused_before_anything_starts(name, dry):
+    """As its processes will read it, with their number, which the launcher knows."""
+    for override, said in (("rollot.n=2", "configs/demo.yaml: unknown key 'rollot'; did you mean 'rollout'?"),
+                           ("parallel.tensor=3", "parallel.tensor x pipeline x context = 3 does not divide the ")):
+        done = script(name, *["--dry-run"] * dry, *SPLIT, override, **NODES | JOB)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"{name}: {said}") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_an_interpreter_that_is_not_there(name):
+    done = script(name, "--dry-run", *SPLIT, **NODES | JOB, PYTHON="pithon")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: PYTHON = 'pithon' cannot be run; name an interpreter, or run `make install`\n")
+
+
 def test_a_server_by_hand_takes_a_configuration_of_many_ranks(monkeypatch, capsys):
     """Its own process is no rank of the trainer: it gets as far as the token, which is not there."""
     from sophiavl_fast.rollout import serve
@@ -89,10 +107,6 @@ def test_a_server_by_hand_takes_a_configuration_of_many_ranks(monkeypatch, capsy
     assert serve.command([str(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml"), "rollout.tensor_parallel=4", "rollout.transfer=nccl"]) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"error: set the environment variable {serve.TOKEN_VARIABLE}") and line.count("\n") == 1
-
-
-NODES = {"NODES": "2", "NODE_RANK": "0", "HEAD": "first", "GPUS": "8"}
-JOB = {"SLURM_JOB_NODELIST": "a,b", "GPUS": "8"}
 
 
 @pytest.mark.parametrize("name,environment,expected", [

@@ -11,7 +11,8 @@ from sophiavl_fast.config import Config
 HEADER = """# Configuration
 
 Written from `sophiavl_fast/config.py` by `python scripts/write_config_docs.py`. A file may name a `base:` file whose values it
-changes; on the command line `a.b=value` overrides follow the file. Unknown keys are refused with the nearest valid one.
+changes; on the command line `a.b=value` overrides follow the file (`a.b=null` for none; `a.b=` is an empty text). Unknown keys are
+refused with the nearest valid one.
 """
 
 

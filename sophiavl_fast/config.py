@@ -367,7 +367,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[st
         if not eq:
             raise UserError(f"override '{item}': expected key=value, such as run.steps=10")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.safe_load(text) if text.strip() else ""  # a shell's unset variable: YAML would read null
         except yaml.YAMLError:
             value = text
         _set(tree, key.strip(), value, item)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sophiavl_fast import config_ranges, model_folder
+from sophiavl_fast import config_ranges, model_folder, recorded
 from sophiavl_fast.errors import UserError
 
 TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
@@ -91,10 +91,14 @@ def _check_rl(c: Any, replicas: int, world_size: int) -> None:
     if prompts // replicas % c.algorithm.mini_batches:
         raise UserError(f"rollout.prompts_per_step = {prompts} (over {replicas} replicas) does not divide into "
                         f"algorithm.mini_batches = {c.algorithm.mini_batches}")
+    for key in ("record", "replay"):
+        if getattr(c.debug, key) == "":
+            raise UserError(f"debug.{key} = '' names no folder; name one, or null for none")
     if c.debug.replay:
         if c.debug.record or c.debug.rollout_only:
             raise UserError("debug.replay starts no engine: debug.record and debug.rollout_only have nothing to act on")
         if c.eval.every:
+            recorded.refuse_missing(c.debug.replay)  # else the first thing wrong is told second
             raise UserError(f"debug.replay starts no engine, so nothing answers the held-out questions; set eval.every=0 (it is {c.eval.every})")
     elif c.rollout.engine == "inline":
         if world_size > 1:

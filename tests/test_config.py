@@ -85,7 +85,10 @@ GOOD = "model: {path: m}\ndata: {train: d}\n"
     (GOOD, ["rollout.staleness=-1"], "rollout.staleness = -1: must be at least 0"),
     (GOOD, ["rollout.staleness=1", "rollout.engine=inline"], "needs rollout.engine: server"),
     (GOOD, ["debug.replay=r", "debug.record=r"], "debug.replay starts no engine"),
-    (GOOD, ["debug.replay=r", "eval.every=2", "data.eval=e"], "set eval.every=0"),
+    (GOOD, ["debug.replay=nowhere", "eval.every=2", "data.eval=e"], "debug.replay = 'nowhere' holds no recorded step"),
+    (GOOD, ["debug.replay="], "debug.replay = '' names no folder; name one, or null for none"),
+    (GOOD, ["debug.record=''"], "debug.record = '' names no folder"),
+    (GOOD, ["run.steps="], "run.steps = '': input should be a valid integer"),
     (GOOD, ["algorithm.mismatch_cap=1"], "algorithm.mismatch_cap = 1"),
     ("data: {train: d}", [], "model.path is empty"),
     ("model: {path: m}", [], "data.train is empty"),
@@ -129,6 +132,21 @@ def test_bad_input_is_one_line(tmp_path, text, overrides, expected):
     with pytest.raises(UserError) as error:
         config.load(write(tmp_path, text), overrides, environ={})
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_a_recording_comes_before_what_it_asks_for(tmp_path):
+    over = [f"debug.replay={tmp_path}/kept", "eval.every=2", "data.eval=e"]
+    with pytest.raises(UserError, match=r"debug.replay = '.*kept' holds no recorded step"):
+        config.load(write(tmp_path, GOOD), over)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "step_1-0.jsonl").touch()
+    with pytest.raises(UserError, match=r"^debug.replay starts no engine, .* set eval.every=0 .it is 2.$"):
+        config.load(write(tmp_path, GOOD), over)
+
+
+def test_an_empty_override_is_an_empty_text(tmp_path):
+    c = config.load(write(tmp_path, GOOD + "debug: {record: kept}\n"), ["data.eval=", "debug.record=null"])
+    assert (c.data.eval, c.debug.record) == ("", None)
 
 
 def test_every_replica_has_a_server_of_its_own(tmp_path):

@@ -106,7 +106,7 @@ def test_a_server_by_hand_takes_a_configuration_of_many_ranks(monkeypatch, capsy
     monkeypatch.delenv(serve.TOKEN_VARIABLE, raising=False)
     assert serve.command([str(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml"), "rollout.tensor_parallel=4", "rollout.transfer=nccl"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"error: set the environment variable {serve.TOKEN_VARIABLE}") and line.count("\n") == 1
+    assert line.startswith(f"sophiavl-fast: set the environment variable {serve.TOKEN_VARIABLE}") and line.count("\n") == 1
 
 
 @pytest.mark.parametrize("name,environment,expected", [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,27 +30,14 @@ def refuse_unusable(config: Config, done: int | None) -> None:
         if done is None:
             _refuse_overwriting(Path(config.debug.record), Path(config.run.dir))
     if config.debug.replay:
-        refuse_unrecorded(Path(config.debug.replay), range((done or 0) + 1, config.run.steps + 1))
-
-
-def refuse_unrecorded(folder: Path, wanted: Sequence[int] = ()) -> None:
-    """UserError for a folder of debug.replay without a recorded step, or without one of those wanted."""
-    if not (steps := recorded.steps(folder)):
-        raise UserError(f"debug.replay = '{folder}' holds no recorded step (a run with debug.record writes them)")
-    if missing := sorted(set(wanted) - set(steps)):
-        cure = f"set run.steps={missing[0] - 1}" if missing[0] > wanted[0] else f"replay a folder that holds {_named(wanted)}"
-        raise UserError(f"debug.replay = '{folder}': step {missing[0]} was not recorded, the last one is {steps[-1]}; {cure}")
+        recorded.refuse_missing(Path(config.debug.replay), range((done or 0) + 1, config.run.steps + 1))
 
 
 def _refuse_overwriting(folder: Path, run_dir: Path) -> None:
     """A run that begins at step 1 would delete what another run recorded. What this one recorded before it had a checkpoint is its own to redo."""
     if (steps := recorded.steps(folder)) and not _recorded_there(run_dir, folder):
-        raise UserError(f"debug.record = '{folder}' holds another run's recording ({_named(steps)}), which this one would overwrite; name another folder, "
-                        "or remove it first")
-
-
-def _named(steps: Sequence[int]) -> str:
-    return f"steps {steps[0]} to {steps[-1]}" if steps[0] < steps[-1] else f"step {steps[0]}"
+        raise UserError(f"debug.record = '{folder}' holds another run's recording ({recorded.in_words(steps)}), which this one would overwrite; "
+                        "name another folder, or remove it first")
 
 
 def _recorded_there(run_dir: Path, folder: Path) -> bool:
@@ -129,7 +115,7 @@ class Replay:
     """The recorded responses in place of an engine's. Prompts must be those that the recording run drew, on any number of replicas."""
 
     def __init__(self, folder: Path) -> None:
-        refuse_unrecorded(folder)
+        recorded.refuse_missing(folder)
         self._folder, self.version = folder, 0
 
     def generate(self, prompts: list[Prompt], *, n: int, step: int, seed: int, temperature: float, max_new_tokens: int,

@@ -37,7 +37,7 @@ def command(arguments: list[str]) -> int:
     try:
         main(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"sophiavl-fast: {error}", file=sys.stderr)
     return 2
 
 

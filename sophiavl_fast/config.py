@@ -323,7 +323,7 @@ class Debug(Node):
     check_batches: bool = True
     """Check contents of packed rows (boundaries, image tokens against features)."""
     record: str | None = None
-    """Folder that keeps every step's sampled responses, for debug.replay. A new run is refused where it holds another's; a resumed one goes on in its own."""
+    """Folder that keeps every step's sampled responses, for debug.replay. Refused where it would overwrite another run's."""
     replay: str | None = None
     """Train from such a folder: no engine starts; the responses of each step are the recorded ones, in any layout. It must hold every step up to run.steps."""
     rollout_only: bool = False

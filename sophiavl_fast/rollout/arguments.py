@@ -12,6 +12,7 @@ from sophiavl_fast.rollout.environment import engine_variables
 from sophiavl_fast.types import MAX_IMAGES
 
 CPU_KV_CACHE_BYTES = 1 << 30     # at most, on a CPU; VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
+PIXEL_LIMITS = ("min_pixels", "max_pixels")
 CPU_BLOCK = 128                  # tokens of a cache block of the CPU engine
 
 
@@ -53,13 +54,18 @@ def max_model_len(config: Config) -> int:
     return min(config.data.max_prompt_tokens + config.rollout.max_new_tokens, model_limit(config.model.path))
 
 
+def pixel_limits(config: Config) -> dict[str, int]:
+    """Those of model.min_pixels and model.max_pixels that are set."""
+    return {key: value for key in PIXEL_LIMITS if (value := getattr(config.model, key)) is not None}
+
+
 def engine_arguments(config: Config, device: str, backend: str) -> dict[str, Any]:
     """Keyword arguments of vLLM's EngineArgs. backend: name of the weight transfer backend.
 
     Sampling must be exactly the distribution that the trainer differentiates: processed log-probs (after bans and
     temperature), and never the model folder's generation_config.
     """
-    length, pixels = max_model_len(config), {k: v for k in ("min_pixels", "max_pixels") if (v := getattr(config.model, k)) is not None}
+    length, pixels = max_model_len(config), pixel_limits(config)
     runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", engine_variables(device)["VLLM_USE_V2_MODEL_RUNNER"])
     arguments: dict[str, Any] = {
         "model": config.model.path,

@@ -7,6 +7,7 @@ from typing import Any
 from sophiavl_fast import model_folder
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import EngineError, EngineLost, UserError
+from sophiavl_fast.rollout.arguments import max_model_len, pixel_limits
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 from sophiavl_fast.rollout.transfer.http import HttpControl
 
@@ -26,7 +27,7 @@ def refuse_others(config: Config, urls: list[str]) -> None:
 
 
 def refuse_other(config: Config, control: HttpControl) -> None:
-    """UserError where this server holds another model than model.path, holds it in another precision, or does not say.
+    """UserError where this server holds another model than model.path, holds it in another precision, sees images in another size, or does not say.
 
     Fields are compared where both name them: another machine's transformers may know others.
     """
@@ -39,6 +40,14 @@ def refuse_other(config: Config, control: HttpControl) -> None:
     if there["dtype"] != config.model.dtype:
         raise UserError(f"rollout.urls: '{control.url}' serves the model in another precision: {there['dtype']} there, model.dtype = {config.model.dtype} "
                         f"here; set model.dtype={there['dtype']}, or start the server anew with model.dtype={config.model.dtype}")
+    if there["longest"] < (needed := max_model_len(config)):
+        raise UserError(f"rollout.urls: '{control.url}' holds {there['longest']} tokens of a prompt and its response, this run {needed}; set "
+                        f"rollout.max_model_len={there['longest']}, or start the server anew with the run's settings")
+    if there["pixels"] != (here := pixel_limits(config)):
+        name = min(key for key in there["pixels"] | here if there["pixels"].get(key) != here.get(key))
+        theirs, ours = ("null" if v is None else v for v in (there["pixels"].get(name), here.get(name)))
+        raise UserError(f"rollout.urls: '{control.url}' serves with model.{name} = {theirs}, this run has {ours}; set model.{name}={theirs}, or start the "
+                        "server anew with the run's settings")
 
 
 def _told(control: HttpControl) -> dict[str, Any]:

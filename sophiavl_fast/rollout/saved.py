@@ -27,15 +27,14 @@ def refuse_unusable(config: Config, done: int | None) -> None:
     """
     if config.debug.record:
         make_folder(Path(config.debug.record))
-        if done is None:
-            _refuse_overwriting(Path(config.debug.record), Path(config.run.dir))
+        _refuse_overwriting(Path(config.debug.record), Path(config.run.dir), done or 0)
     if config.debug.replay:
         recorded.refuse_missing(Path(config.debug.replay), range((done or 0) + 1, config.run.steps + 1))
 
 
-def _refuse_overwriting(folder: Path, run_dir: Path) -> None:
-    """A run that begins at step 1 would delete what another run recorded. What this one recorded before it had a checkpoint is its own to redo."""
-    if (steps := recorded.steps(folder)) and not _recorded_there(run_dir, folder):
+def _refuse_overwriting(folder: Path, run_dir: Path, done: int) -> None:
+    """A run would delete what another one recorded of the steps that it begins with. What it recorded itself beyond its checkpoint is its to redo."""
+    if (steps := [step for step in recorded.steps(folder) if step > done]) and not _recorded_there(run_dir, folder):
         raise UserError(f"debug.record = '{folder}' holds another run's recording ({recorded.in_words(steps)}), which this one would overwrite; "
                         "name another folder, or remove it first")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sophiavl_fast import model_folder
 from sophiavl_fast.rollout import rewind
+from sophiavl_fast.rollout.arguments import PIXEL_LIMITS
 from sophiavl_fast.rollout.bans import set_banned
 from sophiavl_fast.rollout.transfer.checksum import checksum
 from sophiavl_fast.rollout.transfer.receivers import register
@@ -37,8 +38,10 @@ class EngineExtension:
 
     def sophia_model(self) -> dict[str, object]:
         """What the engine was started from, for a run to compare with its own model before it claims it (rollout.identity)."""
-        path = self.model_config.model
-        return {"path": path, "dtype": str(self.model_config.dtype).removeprefix("torch."), "fields": model_folder.described(model_folder.open_config(path))}
+        held = self.model_config
+        processing = (held.multimodal_config and held.multimodal_config.mm_processor_kwargs) or {}
+        return {"path": held.model, "dtype": str(held.dtype).removeprefix("torch."), "fields": model_folder.described(model_folder.open_config(held.model)),
+                "longest": held.max_model_len, "pixels": {key: processing[key] for key in PIXEL_LIMITS if processing.get(key) is not None}}
 
     def sophia_unknown(self, names: list[str]) -> list[str]:
         """Those of the names that the engine's own checkpoint does not hold."""

@@ -173,6 +173,10 @@ def test_a_server_of_another_model_is_refused_before_weights_are_loaded(start, s
             start(*found, f"model.path={folder}")
     with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' serves .* in another precision: float32 there, model.dtype = bfloat16 here; .*"):
         start(*found, "model.dtype=bfloat16")
+    with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' holds 408 tokens .*, this run 409; set rollout.max_model_len=408, or start"):
+        start(*found, "rollout.max_model_len=409")
+    with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' serves with model.max_pixels = null, this run has 9999; set model.max_pixels=null"):
+        start(*found, "model.max_pixels=9999")
     monkeypatch.setattr(identity, "METHOD", "sophia_unheard_of")   # what a server that was started by an older version answers
     with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' does not tell which model it serves.*; start it anew"):
         start(*found)

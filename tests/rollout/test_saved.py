@@ -108,7 +108,9 @@ def test_a_new_run_leaves_the_recording_of_another_alone(tmp_path, monkeypatch):
     said = rf"^debug.record = '{kept}' holds another run's recording \(steps 2 to 10\), .* name another folder, or remove it first$"
     with pytest.raises(UserError, match=said):
         refuse_unusable(conf(run_dir, record=kept), None)
-    refuse_unusable(conf(run_dir, record=kept), 0)
+    refuse_unusable(conf(run_dir, record=kept), 10)   # goes on after it
+    with pytest.raises(UserError, match=rf"^debug.record = '{kept}' holds another run's recording \(step 10\), "):
+        refuse_unusable(conf(run_dir, record=kept), 4)
     run_dir.mkdir()
     for text in (tree.dump(conf(run_dir)), tree.dump(conf(run_dir, record=tmp_path)), "debug: [", "debug: 1", "[]", "\0"):
         (run_dir / "config.yaml").write_text(text)
@@ -117,6 +119,7 @@ def test_a_new_run_leaves_the_recording_of_another_alone(tmp_path, monkeypatch):
     (run_dir / "config.yaml").write_text(tree.dump(conf(run_dir, record=kept)))
     monkeypatch.chdir(tmp_path)
     refuse_unusable(conf("run", record="kept"), None)
+    refuse_unusable(conf("run", record="kept"), 4)
     assert sorted(f.name for f in kept.iterdir()) == ["step_10-1.jsonl", "step_2-0.jsonl", "step_x.jsonl"]
     (kept / "step_2-0.jsonl").unlink()
     (kept / "step_10-1.jsonl").unlink()

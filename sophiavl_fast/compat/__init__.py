@@ -1,1 +1,1 @@
-"""What the engines need on machines without CUDA. Every piece here is a no-op where CUDA is present."""
+"""What the engines need of the process that holds them, most of it on machines without CUDA, where alone it does anything."""

@@ -28,6 +28,7 @@ from sophiavl_fast.errors import UserError
 PULSE_S = 1.0
 SILENT_PULSES = 5.0      # so many without a change, while everything falls, and a rank counts as gone
 CLOCKS_S = 2.0           # by which clocks of hosts, and of a shared file system, may differ
+LAUNCHER = "the end of its launcher"
 LEAVE_S = 20.0           # a failed rank that cannot end its cleanup by then (a collective without its peers) is ended
 
 
@@ -124,7 +125,10 @@ class Muster:
             who = f"rank {culprit['rank']}" + (f" (pid {culprit['pid']} on {culprit['host']})" if culprit["pid"] else "")
             where = f"in {culprit['phase']}" + (f" of step {culprit['step']}" if culprit["step"] else "")
             how = f"failed {where}: {culprit['failed']}" if culprit["failed"] else f"{culprit['how']}, last seen {where}"
-            print(f"sophiavl-fast: {who} {how}; the job ends, `train` with run.resume=auto goes on from the newest checkpoint", file=sys.stderr, flush=True)
+            self._say(f"{who} {how}")
+
+    def _say(self, what: str) -> None:
+        print(f"sophiavl-fast: {what}; the job ends, `train` with run.resume=auto goes on from the newest checkpoint", file=sys.stderr, flush=True)
 
     def _culprit(self) -> dict[str, Any] | None:
         """The rank that fell first: one that ended without a word, one that failed of itself, one whose pulse stands still, one never seen, this one."""
@@ -195,7 +199,7 @@ class Muster:
             if poll.poll(PULSE_S * 1000) and signal.SIGTERM in os.read(self._read_end, 64):
                 self._leave("SIGTERM", 143)
             if os.getppid() != self._parent:
-                self._leave("the end of its launcher", 1)
+                self._leave(LAUNCHER, 1)
             self._write(pulse=self._note["pulse"] + 1)
             now = time.monotonic()
             if self._note["failed"]:
@@ -213,6 +217,10 @@ class Muster:
         if not self._note["failed"]:
             self._write(left=why)
         self.tell()
+        if why == LAUNCHER and self._first():     # no rank is to blame
+            step = f" of step {self._note['step']}" * bool(self._note["step"])
+            self._say(f"the launcher (pid {self._parent}, torchrun or another) ended without a word (killed?), rank {self.rank} was last seen in "
+                      f"{self._note['phase']}{step}")
         os._exit(code)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from sophiavl_fast.compat.orphans import SERVED
+
 COMPAT_SITE = Path(__file__).parent.parent / "compat" / "site"
 
 
@@ -35,7 +37,7 @@ def engine_variables(device: str) -> dict[str, str]:
 
 def child_environment(device: str, parent: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of a spawned server; `extra` (token and the like) wins over everything."""
-    env = engine_variables(device) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"} | dict(parent)
+    env = engine_variables(device) | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"} | dict(parent) | {SERVED: "1"}
     env["PYTHONPATH"] = with_compat_site(parent.get("PYTHONPATH"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK"):
         env.pop(name, None)                            # torchrun's: the engine is no rank of the trainer

@@ -17,11 +17,13 @@ ROLES, FRONT = {"VLLM::EngineCor": "engine core", "VLLM::Worker": "engine worker
 
 
 class Family:
-    """All descendants of the process `supervisor` at this moment, which is when the server first answers: all are there."""
+    """The process `supervisor` and all its descendants at this moment, which is when the server first answers: all are there."""
 
     def __init__(self, supervisor: int) -> None:
-        self.members = [p for p in psutil.Process(supervisor).children(recursive=True) if _role(p) != "resource tracker"]
-        self.roles = {p.pid: f"{_role(p)} (pid {p.pid})" for p in self.members}
+        first = psutil.Process(supervisor)
+        self.members = [first, *(p for p in first.children(recursive=True) if _role(p) != "resource tracker")]
+        self.roles = {p.pid: f"{_role(p) if p is not first else 'supervisor'} (pid {p.pid})" for p in self.members}
+        self._parents = {p.pid: up for p in self.members[1:] for up in self.members if p.ppid() == up.pid}
         self.front = next((pid for pid, role in self.roles.items() if role.startswith(FRONT)), supervisor)
         """Process id of the one that answers HTTP."""
         self.first = ""
@@ -40,25 +42,28 @@ class Family:
         self._closed.set()
 
     def _watch(self) -> None:
-        poll, roles = select.poll(), {}
+        poll, pids = select.poll(), {}
         with contextlib.ExitStack() as stack:
-            for pid, role in self.roles.items():
+            for pid in self.roles:
                 try:
                     handle = os.pidfd_open(pid)
                 except ProcessLookupError:
-                    self._note(role)
+                    self._note(pid)
                     return
                 stack.callback(os.close, handle)
                 poll.register(handle, select.POLLIN)
-                roles[handle] = role
+                pids[handle] = pid
             while not self._closed.is_set():
                 if found := poll.poll(500):   # milliseconds
-                    self._note(roles[found[0][0]])
+                    self._note(pids[found[0][0]])
                     return
 
-    def _note(self, role: str) -> None:
+    def _note(self, pid: int) -> None:
+        """What a process starts ends with it, and may be gone while the last threads of the process itself still end."""
+        while (up := self._parents.get(pid)) and _over(up):
+            pid = up.pid
         if not self._closed.is_set():
-            self.first = f"{role} ended"
+            self.first = f"{self.roles[pid]} ended"
             self.ended.set()
 
 
@@ -68,6 +73,13 @@ def _role(process: psutil.Process) -> str:
     except psutil.Error:
         name = ""
     return next((role for part, role in ROLES.items() if part in name), FRONT)
+
+
+def _over(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _stopped(process: psutil.Process) -> bool:

@@ -125,7 +125,8 @@ class Pool:
                 engine.restarts += 1
                 self.restarts += 1
             else:
-                log.warning("%s; it is left out from here on", _line(why))
+                if any(e.state != "lost" for e in self.engines):      # else this is what the run ends with
+                    log.warning("%s; it is left out from here on", _line(why))
                 engine.why = EngineLost(f"{_line(why)[:2000]}" + (f" (after {engine.restarts} restarts)" if engine.restarts else ""))
         if again:
             log.warning("%s; restart %d of %d", _line(why), engine.restarts, self._max_restarts)

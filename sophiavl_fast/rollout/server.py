@@ -4,6 +4,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from sophiavl_fast.rollout.arguments import as_flags, engine_arguments
 from sophiavl_fast.rollout.environment import child_environment
 from sophiavl_fast.rollout.family import Family
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
+from sophiavl_fast.rollout.supervisor import end_orphans
 
 LOG_LINES, TAIL_BYTES = 12, 1 << 16
 CLOSE_S = 15.0
@@ -92,7 +94,7 @@ class Server:
         """Which of its processes ended or is stopped, and what the log says of it, for an error message."""
         lines = self._log_lines()
         if found := self.trouble():
-            errors = [line.strip() for line in lines if "Error" in line]
+            errors = [line.strip() for line in lines if "Error" in line and not re.search(r"\b(DEBUG|INFO|WARNING)\b", line)]
             return f": {found}; {self.log}" + (f" says: {errors[-1][:300]}" if errors else " says nothing of it")
         code = self._process.poll()
         quoted = f"; last lines of {self.log}:\n  " + "\n  ".join(lines[-LOG_LINES:]) if lines else f"; {self.log} is empty"
@@ -114,7 +116,8 @@ class Server:
 
 
 def end(supervisor: subprocess.Popen) -> None:
-    """End a supervised server, which the end of its standard input asks for; what does not end is killed with its whole process group."""
+    """End a supervised server, which the end of its standard input asks for; what does not end is killed with its whole process group,
+    as is what a supervisor left that was killed itself."""
     if supervisor.stdin and not supervisor.stdin.closed:
         supervisor.stdin.close()
     try:
@@ -122,6 +125,8 @@ def end(supervisor: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(supervisor.pid, signal.SIGKILL)
         supervisor.wait()
+    if supervisor.returncode < 0:
+        end_orphans(supervisor.pid)
 
 
 def placement(config: Config, device: str, index: int) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 `python -m sophiavl_fast.rollout.supervisor COMMAND...`, started by the trainer in a session of its own with a pipe as standard
 input. The pipe's end, or another parent, means that the trainer has ended, by whatever signal. vLLM's engine and
-worker processes outlive a killed API server, so as a subreaper the supervisor inherits them and kills them too.
+worker processes outlive a killed API server, so as a subreaper the supervisor inherits them and kills them too. Should the
+supervisor itself be killed, the kernel kills the API server, and with it the engine's processes (compat/orphans.py).
 Imports nothing heavy: it lives as long as the run.
 """
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -49,10 +51,27 @@ def end_family(child: subprocess.Popen) -> None:
         _, alive = psutil.wait_procs(family, timeout=POLL_S)
         if child.poll() is not None and alive:
             break                      # the server has ended and left these behind
-    kill([p for p in psutil.Process().children(recursive=True) if not is_tracker(p)])
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
-    kill(psutil.Process().children(recursive=True))
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GRACE_S)
+    kill_all(lambda: psutil.Process().children(recursive=True))
+
+
+def end_orphans(supervisor: int) -> None:
+    """Kill what a supervisor that was killed left behind: its process group, which only its own processes are in."""
+    kill_all(lambda: [p for p in psutil.process_iter() if _group(p) == supervisor])
+
+
+def kill_all(living: Callable[[], list[psutil.Process]]) -> None:
+    """Kill them, the trackers after the others, whose shared memory they unlink."""
+    kill([p for p in living() if not is_tracker(p)])
+    psutil.wait_procs(living(), timeout=GRACE_S)
+    kill(living())
+    psutil.wait_procs(living(), timeout=GRACE_S)
+
+
+def _group(process: psutil.Process) -> int:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return -1
 
 
 def kill(processes: list[psutil.Process]) -> None:

@@ -77,7 +77,8 @@ def test_without_their_launcher_they_end(tmp_path):
     job.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
-    job.communicate(timeout=60)
+    lines = end_of(job)
+    assert len(lines) == 1 and f"the launcher (pid {job.pid}, torchrun or another) ended without a word (killed?)" in lines[0], lines
 
 
 def refuse(tmp_path: Path, first: str, second: str) -> list[str]:

@@ -22,7 +22,8 @@ from tests.rollout.test_inline import HOT, T
 
 pytestmark = [pytest.mark.engine, pytest.mark.kill]
 DEADLINE_S = 25.0
-CASES = [("generate", "engine worker", "KILL"), ("generate", "engine core", "KILL"), ("generate", "API server", "KILL"), ("generate", "engine worker", "STOP"),
+CASES = [("generate", "engine worker", "KILL"), ("generate", "engine core", "KILL"), ("generate", "API server", "KILL"), ("generate", "supervisor", "KILL"),
+         ("generate", "engine worker", "STOP"),
          ("generate", "API server", "STOP"), ("transfer", "engine worker", "KILL"), ("transfer", "API server", "KILL"), ("transfer", "engine worker", "STOP"),
          ("between", "engine worker", "KILL"), ("between", "API server", "STOP")]
 
@@ -115,7 +116,7 @@ def test_a_lost_engine_is_named_and_replaced(pool, many, model, folder, caplog, 
     assert late or found["redone"] >= (phase == "generate" or (phase, how) == ("between", "STOP"))
     [line] = [r.getMessage() for r in caplog.records]
     assert f"rollout server {url} (pid " in line and f"{role} (pid {pid}) {'ended' if how == 'KILL' else 'stopped'}" in line
-    assert {"generate": "generate", "transfer": "weight", "between": "generate"}[phase] in line
+    assert {"generate": "generate", "transfer": "weight", "between": "generate"}[phase] in line and " WARNING " not in line
     settle(pool)
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive and victim.url != ""
@@ -257,8 +258,9 @@ def test_an_engine_lost_by_another_thread_as_a_transfer_begins_costs_one_restart
     assert pool.counters()["restarts"] == 1 and len(pool.generate(many[:4], **HOT)) == 4
 
 
-def test_without_a_restart_left_the_error_is_one_line(pool, many, model):
+def test_without_a_restart_left_the_error_is_one_line(pool, many, model, caplog):
     """Last: both engines are lost for good."""
+    caplog.set_level(logging.WARNING, "sophiavl_fast.rollout")
     settle(pool)
     for engine in pool._pool.engines:
         engine.restarts = pool._pool._max_restarts
@@ -269,5 +271,6 @@ def test_without_a_restart_left_the_error_is_one_line(pool, many, model):
     with pytest.raises(EngineError, match=r"rollout server .* \(pid \d+\) .*generate.*engine worker \(pid \d+\) ended.*after 100 restarts") as caught:
         pool.generate(many, **HOT, on_progress=lambda *_: psutil.pid_exists(second.server._family.members[-1].pid) and strike(second, "engine worker", "KILL"))
     assert "\n" not in str(caught.value)
+    assert sum("it is left out" in r.getMessage() for r in caplog.records) == 1, "of the first; the second's end is the error"
     with pytest.raises(EngineError, match="engine worker"):
         pool.send(tiny.Weights(model), 9)

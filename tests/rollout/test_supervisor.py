@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sophiavl_fast.rollout.server import end
+
 ROOT = Path(__file__).parent.parent.parent
 # A stand-in server that behaves like vLLM at its worst: a child in a session of its own which ignores SIGTERM, and outlives it.
 SERVER = ("import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -55,6 +57,21 @@ def test_sigterm_of_the_supervisor_leaves_nothing(trainer):
     _, _, family = trainer
     family[0].terminate()
     _, alive = psutil.wait_procs(family[1:], timeout=30)
+    assert not alive
+
+
+def test_what_a_killed_supervisor_leaves_is_ended_with_the_server():
+    """A child in the supervisor's process group, as vLLM's are, which no signal of the kernel has reached."""
+    server = ("import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); print(0, flush=True); time.sleep(600)")
+    supervisor = subprocess.Popen([sys.executable, "-m", "sophiavl_fast.rollout.supervisor", sys.executable, "-c", server],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    assert supervisor.stdout.readline()
+    family = psutil.Process(supervisor.pid).children(recursive=True)
+    assert len(family) == 2
+    supervisor.kill()
+    supervisor.wait()
+    end(supervisor)
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
 
 

@@ -1,4 +1,5 @@
-"""Put this folder on a child's PYTHONPATH to give it the torchvision hook (vLLM starts processes of its own)."""
-from sophiavl_fast.compat import torchvision_cpu
+"""Put this folder on a child's PYTHONPATH: the torchvision hook, and an end with its parent, for it and for the processes that it starts in turn."""
+from sophiavl_fast.compat import orphans, torchvision_cpu
 
+orphans.follow_parents()
 torchvision_cpu.install()

@@ -209,7 +209,8 @@ class Rewards(Node):
     numeric_tolerance: float = 1e-6
     """Relative tolerance of numerical answers."""
     overlong_cache: int = 0
-    """Soft overlong penalty (DAPO): over the last this many tokens before overlong_max it falls from 0 to -1; 0: none."""
+    """Soft overlong penalty (DAPO): over the last this many tokens before overlong_max it falls from 0 to -1; 0: none. A group whose penalties differ has
+    signal for rollout.resample and trust.uniform_groups, even where its outcomes are all equal."""
     overlong_max: int | None = None
     """Longest response that is not penalised in full; null: rollout.max_new_tokens."""
     workers: int = 2

@@ -54,7 +54,7 @@ def advantages(scores: Scores, sizes: list[int], step: int, config: Config) -> t
     return trust, {
         "trust/gamma": _mean_gamma(trust, outcome >= config.trust.threshold, scored, row_group, len(sizes), config),
         "trust/weight": config.trust.alpha * anneal,
-        "trust/uniform_share": _uniform_share(trust.advantage, outcome + bonus, row_group, len(sizes)),
+        "trust/uniform_share": _uniform_share(trust.advantage, outcome, row_group, len(sizes)),
         "reward/total": trust.reward.mean().item(),
         "reward/outcome": outcome.mean().item(),
         "reward/thinking": given[scored].mean().item(),

@@ -1,6 +1,7 @@
 """Scores to advantages under the configuration, and the metrics that say what trust did."""
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -92,6 +93,13 @@ def test_uniform_share(uniform, share):
     config = conf(trust={"uniform_groups": uniform})
     _, metrics = trust.advantages(scores([1.0, 1.0, 1.0, 0.0], [0.1, 0.9, 0.5, 0.5]), [2, 2], 0, config)
     assert metrics["trust/uniform_share"] == pytest.approx(share, abs=1e-4)
+
+
+def test_penalties_make_no_other_outcomes():
+    """The share is of groups whose outcomes are equal, whatever the overlong penalty adds to them."""
+    late = dataclasses.replace(scores([1.0, 1.0, 1.0, 0.0], [0.5] * 4), overlong=torch.tensor([0.0, -0.5, 0.0, 0.0]))
+    _, metrics = trust.advantages(late, [2, 2], 0, conf())
+    assert metrics["trust/uniform_share"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_centred_uniform_groups_feel_the_annealing():

@@ -79,13 +79,13 @@ def _cpu_logprob(config: Config) -> str:
 
 
 def needs(config: Config, sizes: Sizes, world: int, device: Device) -> list[Need]:
-    """One entry for each pipeline stage, engine and libraries included."""
+    """One entry for each pipeline stage, libraries included. A replica's one engine beside the trainer is on its lead's device, as the judge: stage 0's."""
     row = plan.fullest_row(config, sizes)
     replicas = world // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
     found = []
     for stage in range(config.parallel.pipeline):
         phases = plan.phases(config, sizes, row, plan.Place(stage=stage, replicas=replicas, cuda=device.cuda, logprob=device.logprob))
-        held = engine(config, sizes, device) * (device.cuda or stage == 0)
+        held = engine(config, sizes, device) * (stage == 0)
         beside = {phase: {"engine": held * (not _asleep(config, device, phase)), "judge": judge(config, device, phase) * (stage == 0),
                           "libraries": 0 if device.cuda else TRAINER_BASE} for phase in phases}
         found.append(max((Need(stage, phase, items | beside[phase]) for phase, items in phases.items()), key=lambda need: need.bytes))

@@ -38,7 +38,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A rank: its pipeline stage, the number of replicas, the kind of device, and who computes log-probs there (cpu | reference | triton)."""
+    """A rank: its pipeline stage (the first's is the replica's lead), the number of replicas, the kind of device, and who computes log-probs there
+    (cpu | reference | triton)."""
 
     stage: int = 0
     replicas: int = 1
@@ -256,16 +257,19 @@ class _Rank:
         return 4 * self.trained / self.shards if self.place.cuda else 2 * 4 * min(largest, self.trained / self.shards)
 
     def transfer(self) -> float:
-        """Whole tensors on their way to the engine, a bucket under way while the next is gathered, and the largest as it is gathered from its parts.
+        """Tensors of the whole model, one after the other, as all ranks of a replica gather them from their parts or have them from another stage.
 
-        An engine that reads them where they lie (ipc, on the trainer's own GPUs) lets go of none before the last: all are there at once,
-        from one rank too, which cuts its fused matrices into the published ones.
+        Only the lead, which is on the first stage, keeps them until the engine has them: a bucket under way while the next is gathered. An engine that
+        reads them where they lie (ipc, on the lead's own GPU) lets go of none before the last: all are there at once, from one rank too, which cuts its
+        fused matrices into the published ones.
         """
-        whole = self.b * self.sizes.total
-        rollout = self.config.rollout
-        if self.place.cuda and not rollout.urls and not rollout.gpus and rollout.transfer in ("auto", "ipc"):
+        largest = self.b * self.sizes.language.largest(1) * (1 + (self.t > 1 or self.stages > 1))
+        if not self.first or self.config.debug.replay:
+            return largest
+        whole, rollout = self.b * self.sizes.total, self.config.rollout
+        beside = rollout.engine == "server" and not rollout.urls and not rollout.gpus
+        if self.place.cuda and (rollout.transfer == "ipc" or (rollout.transfer == "auto" and beside)):
             return whole
-        largest = self.b * self.sizes.language.largest(1) * (1 + (self.t > 1))
         return min(whole, 2 * BUCKET) + largest
 
     def save(self) -> float:

@@ -73,6 +73,9 @@ def measure(folder: str, sections: dict[str, Any], shape: list[Any], out: str) -
                 policy.update(batches, lambda b, lp, h: (-(lp.sum() + 0.01 * h.sum()) / 1000, lp.detach().sum()[None]), entropy=True)
         with record_function("phase:log-probs"):
             policy.logprobs(batches, reference=config.algorithm.kl_coef > 0)
+        with record_function("phase:transfer"):   # as a lead's peer takes part in it
+            for _ in policy.weights():
+                pass
         with record_function("phase:save"):
             checkpoint.save(policy, out, 1, {}, keep=1)
         policy.layout.wait("measured")

@@ -1,4 +1,5 @@
 """The memory plan against what a real policy allocates (to the byte, see measured.py), against real parameter counts, and what train makes of it."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -62,6 +63,8 @@ def compare(folder: Path, sections: dict, found: dict, within: float = 0.15) -> 
     assert abs(peak / max(real.values()) - 1) < within, shown
     assert abs(max(phases["update"], phases["optimizer"]) / real["update"] - 1) < within, shown
     assert abs(phases["load"] / real["load"] - 1) < 0.05, shown
+    if place.stage:  # a lead's peer: what the lead keeps for its engine is not measured
+        assert abs(phases["transfer"] / real["transfer"] - 1) < 0.05, shown
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -232,6 +235,36 @@ def test_an_engine_that_reads_in_place_holds_every_gathered_tensor(published):
         return plan.phases(config, sizes, plan.fullest_row(config, sizes), place)["transfer"]["transfer"] / (2 * sizes.total)
 
     assert takes() == 1 and takes("parallel.tensor=1", "parallel.sequence=false") == 1 and takes("rollout.transfer=nccl") < 0.25
+
+
+def test_an_engine_beside_the_trainer_is_the_first_stages_alone(published):
+    """A replica has one, on its lead's GPU, and only the lead keeps what it gathers for it: a layout is refused for no other stage's lack of both."""
+    overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "parallel.pipeline=2", "parallel.stages=[4,24]"]
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", overrides, world_size=8)
+    sizes, device = shapes.read(config.model.path), gpu(80)
+    first, last = budget.needs(config, sizes, 8, device)
+    row = plan.fullest_row(config, sizes)
+    lead, peer = (plan.phases(config, sizes, row, plan.Place(stage=stage, cuda=True, logprob="triton")) for stage in (0, 1))
+    assert first.items["engine"] == config.rollout.gpu_memory_utilization * device.bytes and last.items["engine"] == 0
+    assert last.bytes == pytest.approx(max(sum(items.values()) for items in peer.values()))
+    assert lead["transfer"]["transfer"] == 2 * sizes.total
+    assert peer["transfer"]["transfer"] == 2 * 2 * 152064 * 3584      # of the embedding its parts and the whole
+    crowded = gpu(max(first.bytes, last.bytes) * 1.01 / 0.9 / budget.GIB)
+    assert not budget.fits([first, dataclasses.replace(last, items=last.items | {"engine": first.items["engine"]})], config, crowded)
+    budget.require(config, 8, crowded)
+
+
+def test_what_no_engine_reads_is_not_kept(published):
+    """A replay gathers and lets go; a server that a hand started on the trainer's GPU (ipc with rollout.urls) reads in place."""
+    def takes(*overrides):
+        config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={model}", "thinking.backend=off", *overrides], world_size=8)
+        sizes = shapes.read(model)
+        found = plan.phases(config, sizes, plan.fullest_row(config, sizes), plan.Place(replicas=2, cuda=True, logprob="triton"))
+        return found["transfer"]["transfer"] / (2 * sizes.total)
+
+    model = published("qwen2_5_vl_7b")
+    assert takes("debug.replay=somewhere") < 0.15 and takes("rollout.urls=[http://a:1,http://b:1]") < 0.25
+    assert takes("rollout.urls=[http://a:1,http://b:1]", "rollout.transfer=ipc") == 1
 
 
 def test_a_judge_on_the_same_gpu_counts_where_it_is_awake(published):

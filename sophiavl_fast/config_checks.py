@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -230,7 +230,8 @@ def _check_urls(rollout: Any, replicas: int) -> None:
 def check_start(config: Any, environ: Mapping[str, str]) -> None:
     """What a run must find where it starts, and a configuration that is only read need not: room for its engines, a token. Raises UserError."""
     check_placement(config)
-    _refuse_shared_gpus(config, environ)
+    if config.rollout.gpus:     # a launcher that does not say how many of its processes are here is taken for one that has one here
+        check_gpus(config, (world_size(environ) or 1) if "LOCAL_WORLD_SIZE" in environ else 1, environ, cuda=_on_gpus(config.device))
     if config.run.export:
         refuse_no_place(config.run.export, "run.export = ")
     if config.recipe == "rl" and config.rollout.urls and not config.debug.replay and not environ.get(TOKEN_VARIABLE):
@@ -245,14 +246,27 @@ def refuse_no_place(folder: str | Path, option: str = "") -> None:
         raise UserError(f"{option}'{folder}' cannot be made: " + (f"nothing can be written in '{above}'" if above.is_dir() else f"'{above}' is a file"))
 
 
-def _refuse_shared_gpus(config: Any, environ: Mapping[str, str]) -> None:
-    local, gpus = int(environ.get("LOCAL_WORLD_SIZE", "1")), config.rollout.gpus
-    if config.recipe == "rl" and gpus and "LOCAL_WORLD_SIZE" in environ and (world_size(environ) or 1) > local:
-        raise UserError(f"rollout.gpus = {gpus} are the GPUs of one node, but this run's {world_size(environ)} processes are on several, {local} on this one; "
+def check_gpus(config: Any, processes: int, environ: Mapping[str, str], *, cuda: bool) -> None:
+    """Refuse (UserError) rollout.gpus that the trainer's processes are on, or that one node of several cannot have.
+
+    processes: of the run that `environ` is of, or of one that is thought of: then they are on one node while it may have a GPU for each.
+    """
+    gpus = config.rollout.gpus
+    if config.recipe != "rl" or not gpus:
+        return
+    launched_here = "LOCAL_WORLD_SIZE" in environ and processes == (world_size(environ) or 1)
+    local = int(environ["LOCAL_WORLD_SIZE"]) if launched_here else min(processes, node_gpus(gpus)) if cuda else processes
+    if processes > local:
+        raise UserError(f"rollout.gpus = {gpus} are the GPUs of one node, but this run's {processes} processes are on several, {local} on this one; "
                         "start the engines with `python -m sophiavl_fast.rollout.serve` and name them in rollout.urls, or leave them the trainer's own GPUs")
     taken = [gpu for gpu in gpus if gpu < local]
-    if config.recipe == "rl" and taken and "CUDA_VISIBLE_DEVICES" not in environ and _on_gpus(config.device):
+    if taken and cuda and "CUDA_VISIBLE_DEVICES" not in environ:
         raise UserError(f"rollout.gpus = {gpus}: the trainer's processes are on the first {local} GPUs, so GPU {taken[0]} is no engine's own; begin at {local}")
+
+
+def node_gpus(gpus: Sequence[int]) -> int:
+    """How many GPUs a node has that nothing else tells of: eight, or as many as rollout.gpus says."""
+    return max([8, *(gpu + 1 for gpu in gpus)])
 
 
 def check_placement(config: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 
 from sophiavl_fast import config as tree
+from sophiavl_fast import config_checks
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.monitor import plan, shapes
@@ -180,7 +181,8 @@ def advice(config: Config, sizes: Sizes, world: int, device: Device) -> str:
         alone = max(n.bytes - n.items["engine"] for n in needs(config, sizes, world, device))
         if device.cuda and alone <= config.memory.fraction * device.bytes:
             return f"with the engines on other GPUs (rollout.urls) a rank would need {gib(alone)} GiB"
-        return f"no layout of up to {MOST_PROCESSES} such devices fits either: take fewer or shorter responses, smaller images or a smaller model"
+        beside = f" beside engines on GPUs of the same node (rollout.gpus = {config.rollout.gpus})" if config.rollout.gpus else ""
+        return f"no layout of up to {MOST_PROCESSES} such devices{beside} fits either: take fewer or shorter responses, smaller images or a smaller model"
     return f"{best[1]} would fit with {gib(best[2])} GiB a rank"
 
 
@@ -201,14 +203,16 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
         changes = [f"{key}={str(new).lower()}" for key, (old, new) in wanted.items() if old != new]
         if not changes and count == world:
             continue
+        gpus = _gpus_apart(config, count, device)
+        changes += [f"rollout.gpus=[{','.join(map(str, gpus))}]"] if gpus != r.gpus else []
         data = p.data if p.data == count // (t * s * p.context) else None       # what the new layout contradicts goes, and is named
         stages = p.stages if s == p.pipeline else None
         changes += [f"parallel.{key}=null" for key, old, new in (("data", p.data, data), ("stages", p.stages, stages)) if old != new]
         other = config.model_copy(update={
-            "rollout": r.model_copy(update={"sleep": sleep}),
+            "rollout": r.model_copy(update={"sleep": sleep, "gpus": gpus}),
             "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": data, "stages": stages}),
             "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "offload_optimizer": state, "tokens_per_row": tokens})})
-        if _possible(other, sizes, count):
+        if _possible(other, sizes, count, device):
             steps = abs(t.bit_length() - p.tensor.bit_length()) + 1.5 * abs(s.bit_length() - p.pipeline.bit_length())
             shorter = options.tokens_per_row.bit_length() - tokens.bit_length()
             moved = 0.5 * (offload != options.offload_reference) + (state != options.offload_optimizer) + 0.8 * (sleep != r.sleep)
@@ -216,11 +220,23 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
             yield cost + 8 * (count // world - 1), changes, count, other
 
 
-def _possible(config: Config, sizes: Sizes, world: int) -> bool:
-    """Whether the layout can run this model at all."""
+def _gpus_apart(config: Config, processes: int, device: Device) -> list[int]:
+    """rollout.gpus; where so many processes would take some of them, those behind, if a node may have them."""
+    gpus = config.rollout.gpus
+    try:
+        config_checks.check_gpus(config, processes, os.environ, cuda=device.cuda)
+    except UserError:
+        behind = list(range(processes, processes + len(gpus)))
+        return behind if behind[-1] < config_checks.node_gpus(gpus) else gpus
+    return gpus
+
+
+def _possible(config: Config, sizes: Sizes, world: int, device: Device) -> bool:
+    """Whether `train` would begin with the layout at all, its memory aside."""
     try:
         shapes.check_layout(sizes, config.parallel)
         tree.check(config, world)
+        config_checks.check_gpus(config, world, os.environ, cuda=device.cuda)
     except UserError:
         return False
     return True

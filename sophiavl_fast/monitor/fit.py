@@ -25,8 +25,8 @@ def rows(config: Config, gpus: list[dict]) -> list[Row]:
         sizes = shapes.read(config.model.path)
     except UserError as error:
         found = str(error).rsplit("; ", 1)
-        return [out[0] if out[0].status == "FAIL" else Row("model", "FAIL", *found), *out[1:], _layout(config, world, None)]
-    out.append(_layout(config, world, sizes))
+        return [out[0] if out[0].status == "FAIL" else Row("model", "FAIL", *found), *out[1:], _layout(config, world, None, gpus)]
+    out.append(_layout(config, world, sizes, gpus))
     return out + _memory(config, sizes, world, gpus) if out[-1].status == "OK" else out
 
 
@@ -82,11 +82,12 @@ def _dataset(name: str, known: dict[str, tuple[dict, Path]]) -> Row:
     return Row(f"data {name}", "OK", str(path))
 
 
-def _layout(config: Config, world: int, sizes: shapes.Sizes | None) -> Row:
+def _layout(config: Config, world: int, sizes: shapes.Sizes | None, gpus: list[dict]) -> Row:
     p = config.parallel
     try:
         tree.check(config, world)
         config_checks.check_placement(config)
+        config_checks.check_gpus(config, world, os.environ, cuda=config.device == "cuda" or bool(gpus and config.device != "cpu"))
         if sizes:
             shapes.check_layout(sizes, p)
     except UserError as error:

@@ -13,7 +13,7 @@ import zoo
 from published import MODELS
 
 from sophiavl_fast.config import build, load
-from sophiavl_fast.config_checks import check
+from sophiavl_fast.config_checks import check, check_start
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.monitor import budget, fit, plan, shapes
 
@@ -331,6 +331,41 @@ def test_advice_is_never_a_layout_that_cannot_run(published):
         assert 4 % other.parallel.tensor == 0 and 28 % other.parallel.pipeline == 0   # key heads, layers
 
 
+def test_advice_leaves_the_engines_their_own_gpus(published, monkeypatch):
+    """rollout.gpus = [2, 3] are the trainer's on 4 processes, as train says: they move behind, and where a node has none there, no such advice is given."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "parallel.tensor=2", "rollout.gpus=[2,3]", "rollout.tensor_parallel=2"]
+    read = lambda more, world: load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [*overrides, *more], world_size=world)
+    config = read([], 2)
+    sizes = shapes.read(config.model.path)
+    advised, _, more = budget.advice(config, sizes, 2, gpu(80)).partition(" on ")
+    better = read(advised.split(), processes := int(more.split()[0]))
+    assert (processes, better.rollout.gpus) == (4, [4, 5])
+    launched = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    check_start(better, launched)
+    with pytest.raises(UserError, match=r"rollout.gpus = \[2, 3\]: the trainer's processes are on the first 4 GPUs"):
+        check_start(read(["parallel.tensor=4"], 4), launched)
+    for _, _, count, other in budget._neighbours(config, sizes, 2, gpu(80)):
+        check_start(other, {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(min(count, 8))})
+    with pytest.raises(UserError, match=r"beside engines on GPUs of the same node \(rollout.gpus = \[2, 3\]\) fits either"):
+        budget.require(config, 2, gpu(20))
+
+
+def test_the_doctors_layout_is_one_that_train_takes(published, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "rollout.gpus=[0,1,2,3]",
+                                                                      "rollout.tensor_parallel=4"], world_size=4)
+    row = lambda world: fit._layout(config, world, shapes.read(config.model.path), [])
+    assert row(4).status == "FAIL" and row(4).found.endswith("the trainer's processes are on the first 4 GPUs, so GPU 0 is no engine's own; begin at 4")
+    config.rollout.gpus = [4, 5, 6, 7]
+    assert row(4).status == "OK"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")    # the trainer's, as train takes it: the engines' are numbers among others
+    config.rollout.gpus = [0, 1, 2, 3]
+    assert row(4).status == "OK"
+    config.parallel.pipeline, config.rollout.gpus = 4, [4, 5, 6, 7]
+    assert "the GPUs of one node, but this run's 16 processes are on several, 8 on this one" in row(16).found
+
+
 def test_what_a_new_layout_contradicts_is_taken_back_by_the_advice(published):
     """parallel.data and stages are for the old one; where only processes change the line says so."""
     model = f"model.path={published('internvl3_2b')}"
@@ -369,7 +404,7 @@ def test_a_layout_that_the_model_rules_out_is_refused_from_its_sizes(published, 
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml",
                   [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "memory.check=off", "rollout.prompts_per_step=840", "parallel.tensor=1",
                    "parallel.sequence=false", *overrides], world_size=world if "parallel.pipeline=40" not in overrides else (world := 40))
-    row = fit._layout(config, world, shapes.read(config.model.path))
+    row = fit._layout(config, world, shapes.read(config.model.path), [])
     if expected is None:
         budget.require(config, world, gpu(80))
         assert row.status == "OK"

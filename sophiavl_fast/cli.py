@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,11 @@ def _train(a) -> int:
 
     world = config_checks.launched(os.environ)
     muster.before_it()
-    tree = config.load(a.config, a.overrides, world_size=world)
+    alone = config_checks.world_size(os.environ) is None
+    tree = config.load(a.config, a.overrides, world_size=None if alone else world)
+    if alone:
+        config_checks.refuse_alone(tree, shlex.join(["train", a.config, *a.overrides]))
+        config.check(tree, world)
     with muster.refusals(tree.run.dir):
         config_checks.check_start(tree, os.environ)
         budget.require(tree, world)

@@ -47,6 +47,16 @@ def launched(environ: Mapping[str, str]) -> int:
     return size
 
 
+def refuse_alone(config: Any, command: str) -> None:
+    """UserError for a layout of several processes that no launcher has started; command: what each of them runs."""
+    p = config.parallel
+    needed = p.tensor * p.pipeline * p.context * (p.data or 1)
+    if needed > 1:
+        asked = ", ".join(f"parallel.{key} = {getattr(p, key)}" for key in ("tensor", "pipeline", "context", "data") if (getattr(p, key) or 1) > 1)
+        raise UserError(f"{asked}: this needs {needed} processes, but it was started as one, without a launcher; "
+                        f"start it by `torchrun --nproc-per-node {needed} -m sophiavl_fast {command}`")
+
+
 def speaks(environ: Mapping[str, str]) -> bool:
     """Whether this process tells of bad input: the first rank does, and one whose RANK is none of the run's."""
     rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
@@ -65,7 +75,7 @@ def check(config: Any, world_size: int | None = 1) -> None:
         raise UserError(f"model.min_pixels = {c.model.min_pixels} is more than model.max_pixels = {c.model.max_pixels}")
     model_parallel = p.tensor * p.pipeline * p.context
     if world_size % model_parallel:
-        raise UserError(f"parallel.tensor x pipeline x context = {model_parallel} does not divide the {world_size} processes that torchrun started")
+        raise UserError(f"parallel.tensor x pipeline x context = {model_parallel} does not divide the {world_size} processes")
     replicas = world_size // model_parallel
     if p.data is not None and p.data != replicas:
         raise UserError(f"parallel.data = {p.data}, but {world_size} processes / (tensor {p.tensor} x pipeline {p.pipeline} x context {p.context}) "

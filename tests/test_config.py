@@ -1,4 +1,6 @@
 """The config tree: every shipped file loads, unknown keys name their neighbour, impossible combinations are refused in one line."""
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,30 @@ def test_processes_that_cannot_meet_are_refused(monkeypatch, capsys, change, exp
     assert cli.main(["train", str(CONFIGS / "demo.yaml")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (expected is not None) and all(expected in line for line in lines), lines
+
+
+@pytest.mark.parametrize("overrides,processes,asked", [
+    (["parallel.tensor=2"], 2, "parallel.tensor = 2"), (["parallel.data=2", "parallel.pipeline=2"], 4, "parallel.pipeline = 2, parallel.data = 2"),
+    (["parallel.context=2", "run.dir=my runs"], 2, "parallel.context = 2")], ids=str)
+def test_a_layout_that_nothing_launched_names_its_launch(tmp_path, monkeypatch, capsys, overrides, processes, asked):
+    """With a launcher's WORLD_SIZE, and in the doctor, it is the number of processes that is wrong."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    path = write(tmp_path, GOOD)
+    command = ["train", str(path), *overrides]
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err == (f"sophiavl-fast: {asked}: this needs {processes} processes, but it was started as one, without a launcher; "
+                                       f"start it by `torchrun --nproc-per-node {processes} -m sophiavl_fast {shlex.join(command)}`\n")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cli.main(command) == 2
+    assert re.search(r"does not divide the 1 processes$", line := capsys.readouterr().err.strip()) and "torchrun" not in line
+    row = fit._layout(config.load(path, overrides, world_size=None), 1, None, [])
+    assert row.status == "FAIL" and "torchrun" not in row.found
+
+
+def test_what_one_process_cannot_be_given_is_still_refused_without_a_launcher(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli.main(["train", str(write(tmp_path, GOOD)), "rollout.gpus=[1,2]"]) == 2
+    assert "1 engines x rollout.tensor_parallel 1 x 1 replicas need 1 different GPUs" in capsys.readouterr().err
 
 
 def test_processes_that_can_meet():

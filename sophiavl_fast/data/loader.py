@@ -32,7 +32,7 @@ class Loader:
     def __init__(self, datasets: list[Dataset], weights: Weights | None, processor: Processor, config: Config, seed: int) -> None:
         self._datasets, self._weights, self._seed = datasets, weights, seed
         self._processor, self._data = processor, config.data
-        self._per_step = config.rollout.prompts_per_step if config.recipe == "rl" else config.sft.batch_size
+        self._per_step = _prompts_per_step(config)
         self._order = Order([len(d) for d in datasets], weights, seed=seed, shuffle=config.data.shuffle, per_step=self._per_step)  # type: ignore[arg-type]
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="data")
         self._ahead: dict[int, Future[tuple[Prompt, int]]] = {}
@@ -95,8 +95,7 @@ class Loader:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, with any number of replicas. Raises UserError where data, weights, seed or order are not the same."""
         for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise UserError(f"the checkpoint's data stream had {key} = {state.get(key)}, this run has {value}; restore it or start a new run.dir")
+            _refuse_other(key, state.get(key), value)
         self._cursor, self.skipped = state["cursor"], state["skipped"]
 
     def close(self) -> None:
@@ -107,9 +106,8 @@ class Loader:
             dataset.close()
 
     def _identity(self) -> dict[str, Any]:
-        found = {"seed": self._seed, "shuffle": self._data.shuffle, "datasets": [[d.name, len(d)] for d in self._datasets], "weights": self._weights}
-        changing = any(isinstance(w, list) for w in self._weights or ())
-        return found | ({"prompts_per_step": self._per_step} if changing else {})   # the steps of a curriculum are counted in it
+        found = {"seed": self._seed, "datasets": [[d.name, len(d)] for d in self._datasets]}
+        return found | _settings(self._data.shuffle, self._weights, self._per_step)
 
     def _prepare(self, position: int, index: int, row: int) -> tuple[Prompt, int]:
         """The prompt of a position and how many unusable records stood in its way. Runs in a thread."""
@@ -122,6 +120,31 @@ class Loader:
                 last = error
             row = self._order.spare(position, index, attempt)
         raise BadRecord(f"{last} (the last of {_ATTEMPTS} unusable records in a row)")
+
+
+def refuse_other_stream(config: Config, state: Mapping[str, Any]) -> None:
+    """UserError where the loader's `state` in a checkpoint is of other data than the configuration's. It tells no set's length."""
+    names, weights = parse_mix(config.data.train)
+    if "datasets" in state:
+        _refuse_other("datasets", [name for name, _ in state["datasets"]], names)
+    for key, value in _settings(config.data.shuffle, weights, _prompts_per_step(config)).items():
+        if key in state:
+            _refuse_other(key, state[key], value)
+
+
+def _refuse_other(key: str, kept: Any, mine: Any) -> None:
+    if kept != mine:
+        raise UserError(f"the checkpoint's data stream had {key} = {kept}, this run has {mine}; restore it or start a new run.dir")
+
+
+def _prompts_per_step(config: Config) -> int:
+    return config.rollout.prompts_per_step if config.recipe == "rl" else config.sft.batch_size
+
+
+def _settings(shuffle: bool, weights: Weights | None, per_step: int) -> dict[str, Any]:
+    """What a configuration says of its stream."""
+    changing = any(isinstance(w, list) for w in weights or ())
+    return {"shuffle": shuffle, "weights": weights} | ({"prompts_per_step": per_step} if changing else {})   # the steps of a curriculum are counted in it
 
 
 def parse_mix(names: str | Mapping[str, float | Mapping[int, float]]) -> tuple[list[str], Weights | None]:

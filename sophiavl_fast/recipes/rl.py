@@ -50,6 +50,7 @@ def train(config: Config) -> int:
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor, limits=preflight.training_limits(config))
             stack.callback(loader.close)
+            setup.restore_stream(loader, found)
             asked = config.eval.every and setup.steps_left(config, found)
             held_out = open_eval(config, processor, limits=preflight.held_out_limits(config)) if asked else []
         with progress.phase("policy"):

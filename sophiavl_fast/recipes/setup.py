@@ -10,6 +10,7 @@ import torch
 from sophiavl_fast import config as tree
 from sophiavl_fast import model_folder, types
 from sophiavl_fast.config import Config
+from sophiavl_fast.data.loader import Loader, refuse_other_stream
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
 from sophiavl_fast.policy.families import open_family
@@ -32,7 +33,7 @@ def write_config(run_dir: Path, config: Config) -> None:
 
 def resume_point(config: Config) -> Path | None:
     """The checkpoint to go on from, or None for a new run. Raises UserError where run.resume cannot be honoured, or the checkpoint is spoilt, of
-    another model or of another seed: all of it before any weight is loaded."""
+    another model, of another seed or of other data: all of it before any weight is loaded."""
     run_dir, wish = Path(config.run.dir), config.run.resume
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -49,8 +50,10 @@ def resume_point(config: Config) -> Path | None:
     found = checkpoint.newest(run_dir) if wish == "auto" else Path(wish)
     if found:
         checkpoint.refuse_unusable(found, config)
-        if (seed := read_state(found)["seed"]) != config.run.seed:
+        kept = read_state(found)
+        if (seed := kept["seed"]) != config.run.seed:
             raise UserError(f"run.seed = {config.run.seed}, but checkpoint '{found}' was made with {seed}; set run.seed={seed} or another run.dir")
+        refuse_other_stream(config, kept["loader"])
     return found
 
 
@@ -102,15 +105,20 @@ def state(config: Config, step: int, loader: dict[str, Any], skipped: int | None
     return {"step": step, "total_steps": config.run.steps, "seed": config.run.seed, "loader": kept, "config": config.model_dump()}
 
 
+def restore_stream(loader: Loader, found: Path | None) -> None:
+    """Have the loader go on where the checkpoint was written. Raises UserError where data have grown since: before any weight is loaded."""
+    if found:
+        loader.load_state(read_state(found)["loader"])
+
+
 def restore(config: Config, policy: Any, loader: Any, found: Path | None) -> int | None:
-    """Load a checkpoint into policy and loader; returns its step, None for a new run.
+    """Load a checkpoint into the policy, and what `restore_stream` could not know into the loader; returns its step, None for a new run.
 
     T of the annealing stays what the run began with, so that a resumed run anneals as the uninterrupted one.
     """
     if found is None:
         return None
     kept = checkpoint.load(policy, found)
-    loader.load_state(kept["loader"])
     if policy.replica:
         loader.skipped = 0  # the checkpoint's count is of all replicas: the first goes on with it
     if config.trust.anneal_steps is None:

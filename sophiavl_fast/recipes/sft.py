@@ -41,6 +41,7 @@ def train(config: Config) -> int:
             processor = Processor(config.model.path, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels)
             loader = Loader.open(config, processor, limits=Limits(check=lambda record: refuse_targetless(record, config.sft)))
             stack.callback(loader.close)
+            setup.restore_stream(loader, found)
         with progress.phase("policy"):
             policy = Policy.create(config, reference=False, total_steps=setup.updates(config))
             stack.callback(policy.close)

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from sophiavl_fast.config import Config
+from sophiavl_fast.data.demo import generate
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.policy import checkpoint
 from sophiavl_fast.policy.families import open_family
-from sophiavl_fast.recipes import ranks, setup
+from sophiavl_fast.recipes import ranks, rl, setup, sft
 from sophiavl_fast.types import Group, Prompt, Response
 
 
@@ -89,6 +90,43 @@ def test_the_checkpoint_to_go_on_from_is_looked_at_before_anything_is_loaded(mod
     foreign = checkpoint_of(model, tmp_path, 3, seed=None, config=None)
     with pytest.raises(UserError, match=rf"checkpoint '{foreign}' was not written by `train`: its state lacks seed, config"):
         go()
+
+
+@pytest.mark.parametrize("change,said", [
+    ({"train": "a,c"}, r"datasets = \['a', 'b'\], this run has \['a', 'c'\]"), ({"train": {"a": 1.0, "b": 2.0}}, r"weights = None, this run has \[1.0, 2.0\]"),
+    ({"shuffle": False}, "shuffle = True, this run has False"), ({}, None)], ids=str)
+def test_a_checkpoint_of_other_data_is_refused_before_anything_is_loaded(model, tmp_path, change, said):
+    """By its manifest; what only the records tell, before the weights are (test_other_data_are_refused_before_the_weights)."""
+    found = checkpoint_of(model, tmp_path, 1, loader={"cursor": 4, "skipped": 0, "seed": 3, "shuffle": True, "datasets": [["a", 7], ["b", 5]], "weights": None})
+    go = lambda: setup.resume_point(conf(run={"dir": str(tmp_path), "seed": 3}, model={"path": str(model)}, data={"train": "a,b"} | change))
+    if said is None:
+        assert go() == found
+        return
+    with pytest.raises(UserError, match=f"^the checkpoint's data stream had {said}; restore it or start a new run.dir$"):
+        go()
+
+
+def test_the_steps_of_a_curriculum_are_part_of_its_stream(model, tmp_path):
+    mix = {"a": {0: 1.0, 9: 0.0}, "b": 1.0}
+    go = lambda per_step: setup.resume_point(conf(run={"dir": str(tmp_path), "seed": 3}, model={"path": str(model)}, data={"train": mix},
+                                                  rollout={"prompts_per_step": per_step}))
+    found = checkpoint_of(model, tmp_path, 1, loader={"datasets": [["a", 7], ["b", 5]], "weights": [[[0, 1.0], [9, 0.0]], 1.0], "prompts_per_step": 8})
+    assert go(8) == found
+    with pytest.raises(UserError, match="had prompts_per_step = 8, this run has 4;"):
+        go(4)
+
+
+@pytest.mark.parametrize("recipe,name", [(rl, "demo_train"), (sft, "demo_warmup")], ids=["rl", "sft"])
+def test_other_data_are_refused_before_the_weights(model, tmp_path, monkeypatch, recipe, name):
+    """Records that were added are seen as the stream opens."""
+    generate.write(tmp_path / "data", 3, lambda rows, label, total: rows, scale=0.02)
+    checkpoint_of(model, tmp_path, 1, loader={"cursor": 4, "skipped": 0, "seed": 3, "shuffle": True, "datasets": [[name, 1]], "weights": None})
+    config = conf(recipe=recipe.__name__.rpartition(".")[2], device="cpu", run={"dir": str(tmp_path), "seed": 3}, model={"path": str(model)},
+                  thinking={"backend": "off"}, rollout={"max_new_tokens": 32},
+                  data={"train": name, "registry": str(tmp_path / "data/dataset_info.json"), "templates": "plain"})
+    monkeypatch.setattr(recipe.Policy, "create", lambda *_, **__: pytest.fail("the weights were loaded"))
+    with pytest.raises(UserError, match=rf"had datasets = \[\['{name}', 1\]\]"):
+        recipe.train(config)
 
 
 def test_a_new_run_is_not_begun_over_an_older_ones_checkpoints(model, tmp_path):

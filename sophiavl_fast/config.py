@@ -326,7 +326,8 @@ class Debug(Node):
     record: str | None = None
     """Folder that keeps every step's sampled responses, for debug.replay. Refused where it would overwrite another run's."""
     replay: str | None = None
-    """Train from such a folder: no engine starts; the responses of each step are the recorded ones, in any layout. It must hold every step up to run.steps."""
+    """Train from such a folder: no engine starts; the responses of each step are the recorded ones, in any layout. It must hold every step up to run.steps.
+    Weights must follow the recording run's (model, run.seed, optim.lr, losses), or rollout.max_logprob_diff be null."""
     rollout_only: bool = False
     """Sample and score, but leave the weights as they are."""
 

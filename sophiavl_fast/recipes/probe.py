@@ -60,8 +60,13 @@ class Probe:
 
 
 def require_agreement(worst: float, config: Config, step: int) -> None:
-    """The trainer's and the engine's log-probs of the sampled tokens must agree: the policy that sampled is the policy trained."""
+    """The trainer's and the engine's log-probs of the sampled tokens must agree: the policy that sampled is the policy trained. In a replay the recording
+    stands for the engine."""
     limit = config.rollout.max_logprob_diff
     if limit is not None and not worst <= limit:
+        if config.debug.replay:
+            raise EngineError(f"step {step}: the policy differs from the one that sampled the recording '{config.debug.replay}', in a token's log-prob by "
+                              f"{worst:.3g} (rollout.max_logprob_diff = {limit:g}): the recording run had another model, run.seed, optim.lr or loss, "
+                              "or the rounding of another layout has added up; rollout.max_logprob_diff=null goes on; this step is in no checkpoint")
         raise EngineError(f"step {step}: trainer and rollout engine disagree on a sampled token's log-prob by {worst:.3g} "
                           f"(rollout.max_logprob_diff = {limit:g}); this step is in no checkpoint")

@@ -11,7 +11,8 @@ from sophiavl_fast import config as tree
 from sophiavl_fast.data.demo import generate, tiny_model
 from sophiavl_fast.data.loader import Loader
 from sophiavl_fast.data.processor import Processor
-from sophiavl_fast.recipes import rl, sft
+from sophiavl_fast.errors import EngineError
+from sophiavl_fast.recipes import probe, rl, sft
 from sophiavl_fast.types import Response
 from tests.pretend_cuda import pretended_cuda
 from tests.recipes.test_rl import by_variance, lines
@@ -72,6 +73,17 @@ def test_trust_grpo(demo, tmp_path, more):
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5, nan_ok=True)
     assert len((tmp_path / "cuda/samples.jsonl").read_text().splitlines()) == 24
     assert all((tmp_path / "cuda" / name).exists() for name in ("report.html", "hf/model.safetensors", "checkpoints/step_2/manifest.json"))
+
+
+def test_a_replay_by_another_policy_says_so(demo, tmp_path):
+    """Nothing of an engine, of which it has none. Here the responses are nobody's: their log-probs are made up."""
+    with pytest.raises(EngineError) as told:
+        rl.train(rl_config(demo, tmp_path / "run", "cpu", "rollout.max_logprob_diff=0.01"))
+    line = str(told.value)
+    assert line.startswith(f"step 1: the policy differs from the one that sampled the recording '{demo}/replay', in a token's log-prob by ")
+    assert "optim.lr" in line and "rollout.max_logprob_diff=null goes on" in line and "engine" not in line
+    with pytest.raises(EngineError, match=r"step 2: trainer and rollout engine disagree on a sampled token.s log-prob by 0\.5 "):
+        probe.require_agreement(0.5, tree.build({"rollout": {"max_logprob_diff": 0.01}}), 2)
 
 
 def test_several_scores_a_response_are_in_the_samples(demo, tmp_path):

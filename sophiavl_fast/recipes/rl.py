@@ -173,7 +173,7 @@ def one_step(rooms: Rooms, step: int) -> tuple[dict[str, float], list[dict]]:
     metrics |= lengths | ranks.engine_metrics(sent, [found for _, found in parts]) | memory.metrics() | {
         "reward/grader_killed": seen.everyone.scores.killed, "data/skipped": seen.everyone.skipped,
         "rollout/tokens_per_s": lengths["response/tokens"] / (metrics.get("rollout/busy_s", rollout.seconds) or math.nan),
-        "train/tokens_per_s": lengths["response/tokens"] / updating.seconds,
+        "train/tokens_per_s": math.nan if config.debug.rollout_only else lengths["response/tokens"] / updating.seconds,
         "time/rollout_s": rollout.seconds, "time/reward_s": reward.seconds, "time/update_s": updating.seconds,
         "time/transfer_s": transfer.seconds, "time/step_s": time.perf_counter() - started, **({"time/sleep_s": asleep.seconds} if asleep else {}),
     }

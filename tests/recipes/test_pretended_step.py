@@ -86,6 +86,15 @@ def test_a_replay_by_another_policy_says_so(demo, tmp_path):
         probe.require_agreement(0.5, tree.build({"rollout": {"max_logprob_diff": 0.01}}), 2)
 
 
+def test_where_nothing_is_trained_there_is_no_rate_of_it(demo, tmp_path):
+    """debug.rollout_only, here on recorded responses, which `train` would refuse: no engine is at hand."""
+    config = rl_config(demo, tmp_path / "run", "cpu")
+    config.debug.rollout_only = True
+    assert rl.train(config) == 0
+    found = lines(tmp_path / "run/metrics.jsonl")
+    assert len(found) == 2 and all(m["train/tokens_per_s"] is None and m["rollout/tokens_per_s"] > 0 and "loss" not in m for m in found)
+
+
 def test_several_scores_a_response_are_in_the_samples(demo, tmp_path):
     """trust.mode: variance: gamma, reward, advantage and the metrics follow from samples.jsonl alone; a score that could not be had is null there."""
     reply = lambda handler, body, number: handler.reply(chat("?" if body["seed"] % 11 == 0 else f"0.{body['seed'] % 10}"))

@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="verify_node", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="", help="Hugging Face folder of the model, such as Qwen2.5-VL-7B-Instruct; needed without --dry-run")
     parser.add_argument("--dry-run", action="store_true", help="two processes over gloo, the demo's tiny model")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the node")
+    parser.add_argument("--gpus", type=int, help="GPUs of the node (default 8); not with --dry-run")
     parser.add_argument("--steps", type=int, default=4, help="steps of each run, at least 2: the first is left out of the rates")
     parser.add_argument("--work", default="", help="folder for data, runs and exports; a temporary one by default")
     parser.add_argument("--out", default="verify_node.json")
@@ -52,7 +52,7 @@ def main() -> int:
     keys = usable(a, parser)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(a.work or temporary)
+        work = Path(a.work or temporary).resolve()             # the runs start in the checkout's folder, not here
         plan = dry_plan(a.steps) if a.dry_run else gpu_plan(a.gpus, a.steps, keys)
         model = prepare(work, a.model)
         runs = {name: run(work, model, name, processes, [*plan.shared, *settings], plan) for name, (processes, settings) in plan.runs.items()}
@@ -73,7 +73,10 @@ def usable(a: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if (a.model or not a.dry_run) and not (Path(a.model) / "config.json").is_file():
         parser.error(f"'{a.model}' is no Hugging Face folder; name one, or " + ("leave it out for the demo's tiny model" if a.dry_run else "use --dry-run"))
     if a.dry_run:
+        if a.gpus is not None:
+            parser.error(f"--gpus {a.gpus}: a dry run has two processes and no GPU; leave it out")
         return 0
+    a.gpus = 8 if a.gpus is None else a.gpus
     if a.gpus < 2 or a.gpus % 2:
         parser.error(f"--gpus {a.gpus}: an even number of at least 2")
     import torch
@@ -122,7 +125,7 @@ def prepare(work: Path, model: str) -> Path:
     generate.write(work / "data", 0, lambda rows, label, total: rows, scale=0.05)
     if not model:
         tiny_model.build(work / "model", 0)
-    return Path(model) if model else work / "model"
+    return Path(model).resolve() if model else work / "model"
 
 
 def run(work: Path, model: Path, name: str, processes: int, settings: list[str], plan: Plan) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def run(work: Path, model: Path, name: str, processes: int, settings: list[str],
                "debug.compare_hf=true", "rollout.max_logprob_diff=null", "monitor.tensorboard=false", *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{name}: the run failed with exit code {done.returncode}\n" + "\n".join(done.stderr.splitlines()[-30:]))
+        raise SystemExit(f"{name}: the run failed with exit code {done.returncode}\n{culprit(done.stderr)}")
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     later = steps[1:]
     middle, worst = lambda key: median(m[key] for m in later), lambda key: max(m[key] for m in steps)
@@ -145,6 +148,13 @@ def run(work: Path, model: Path, name: str, processes: int, settings: list[str],
                          "phases": {p: middle(f"time/transfer_{p}_s") for p in PHASES}},
             "rollout_tokens_per_s": middle("rollout/tokens_per_s"), "train_tokens_per_s": middle("train/tokens_per_s"),
             "engines": steps[-1]["rollout/engines"], "restarts": sum(m["rollout/restarts"] for m in steps)}
+
+
+def culprit(stderr: str) -> str:
+    """The program's own lines, then the last of the others, most of which are torchrun's."""
+    lines = stderr.splitlines()
+    own = [line for line in lines if line.startswith("sophiavl-fast: ")]
+    return "\n".join([*own, *[line for line in lines if line not in own][-30:]])
 
 
 def greedy(work: Path, name: str, dtype: str) -> float:

@@ -61,6 +61,7 @@ def test_a_node_of_80_gb_holds_7b(tmp_path):
     (["--dry-run", "nowhere"], "'nowhere' is no Hugging Face folder; name one, or leave it out for the demo's tiny model"),
     (["nowhere"], "'nowhere' is no Hugging Face folder; name one, or use --dry-run"), (["--gpus", "3", "."], "--gpus 3: an even number of at least 2"),
     (["--gpus", "-2", "."], "--gpus -2: an even number"), (["--gpus", "64", "."], "--gpus 64: this machine shows "),
+    (["--dry-run", "--gpus", "3"], "--gpus 3: a dry run has two processes and no GPU; leave it out"),
     (["--gpus", "2", "."], "model.path = '.': config.json lacks text_config and vision_config"),
 ])
 def test_arguments_that_start_nothing_are_refused(tmp_path, monkeypatch, capsys, arguments, said):
@@ -74,6 +75,28 @@ def test_arguments_that_start_nothing_are_refused(tmp_path, monkeypatch, capsys,
     with pytest.raises(SystemExit) as ended:
         verify_node.main()
     assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(f"verify_node: error: {said}")
+
+
+def test_a_relative_path_is_the_callers(tmp_path, monkeypatch):
+    """Runs start in the checkout's folder; of one that fails, what the program said comes before the last lines, which are torchrun's."""
+    commands, line = [], "sophiavl-fast: rank 1: model.path = 'x': no such thing"
+
+    def start(command, **how):
+        commands.append(command)
+        assert how["cwd"] == verify_node.ROOT != tmp_path
+        return subprocess.CompletedProcess(command, 1, "", "\n".join(["loading", line, *(f"torchrun's line {i}" for i in range(60))]))
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    monkeypatch.setattr(verify_node.sys, "argv", ["verify_node", "--dry-run", "tiny", "--work", "here", "--out", "node.json"])
+    monkeypatch.setattr(verify_node.subprocess, "run", start)
+    with pytest.raises(SystemExit) as ended:
+        verify_node.main()
+    paths = dict(word.partition("=")[::2] for word in commands[0] if word.startswith(("model.path=", "run.dir=", "data.registry=")))
+    assert paths == {"model.path": f"{tmp_path}/tiny", "run.dir": f"{tmp_path}/here/gloo", "data.registry": f"{tmp_path}/here/data/dataset_info.json"}
+    first, second, *rest = str(ended.value).splitlines()
+    assert first == "gloo: the run failed with exit code 1" and second == line and rest == [f"torchrun's line {i}" for i in range(30, 60)]
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,11 @@ def open_model(path: str | Path, option: str = "model.path", **how: Any) -> Any:
     """AutoModelForImageTextToText of the folder on the CPU; no code of the folder is run.
 
     how: for from_pretrained. Raises UserError, whatever it is that transformers refuses, and where weights are missing or of other shapes than
-    config.json says, which transformers would draw at random.
+    config.json says, which transformers would draw at random, or have no place in the model, which it would leave out.
     """
     from transformers import AutoModelForImageTextToText
 
+    refuse_unused(path, option)
     try:
         opened: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                                                                   ignore_mismatched_sizes=True, **how)
@@ -124,7 +126,8 @@ def refuse_quantised(path: str | Path) -> None:
 
 
 def refuse_unreadable(path: str | Path, option: str = "model.path") -> None:
-    """UserError where config.json lacks a part, a weight file is missing or cut short, or weights are codes and config.json does not say of what.
+    """UserError where config.json lacks a part, a weight file is missing or cut short, weights are codes and config.json does not say of what, or have
+    no place in the model.
 
     Headers alone are read. What an engine can use is not refused: quantised weights that config.json describes.
     """
@@ -136,6 +139,59 @@ def refuse_unreadable(path: str | Path, option: str = "model.path") -> None:
         if codes and not described:
             raise UserError(f"{option} = '{folder}': tensor '{codes[0][0]}' is {codes[0][1]} in {file} ({len(codes)} such in it), and config.json has no "
                             "quantization_config; dequantise the weights to bfloat16 first")
+    refuse_unused(folder, option)
+
+
+def refuse_unused(path: str | Path, option: str = "model.path") -> None:
+    """UserError for tensors that the model of config.json has no place for: they would be trained past and dropped at the export.
+
+    Names alone are compared, as transformers compares them when it loads, with all that it means to leave out (buffers of older versions). A folder that it
+    cannot build, or whose weights are quantised (scales and the like), is left to what loads it.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    folder = Path(path)
+    if not ((folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()) or _method(read(folder, option)) is not None:
+        return
+    names = tensor_files(folder, option)
+    try:
+        with _on_meta():
+            model = AutoModelForImageTextToText.from_config(open_config(folder), trust_remote_code=False)
+    except Exception:  # validators raise classes of their own
+        return
+    if unused := sorted(_unexpected(model, names)):
+        hint = "merge the adapter into its model first" if ".lora_" in unused[0] else "weights and config.json are of different models"
+        raise UserError(f"{option} = '{folder}': tensor '{unused[0]}' has no place in the model of config.json ({len(unused)} such); {hint}")
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Whatever transformers builds in here has shapes and no memory."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        yield
+
+
+def _unexpected(model: Any, names: Iterable[str]) -> set[str]:
+    """Those of the stored names that transformers would call unexpected, by its own renaming of published names and its own exceptions; and no buffer
+    that it computes anew, of which it excepts the language model's alone."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.modeling_utils import LoadStateDictInfo
+
+    mapping, unexpected = get_model_conversion_mapping(model), {}
+    renamings, converters = [m for m in mapping if isinstance(m, WeightRenaming)], [m for m in mapping if isinstance(m, WeightConverter)]
+    places = model.state_dict() | dict(model.named_buffers())
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+        if renamed not in places and rename_source_key(name, [], [], model.base_model_prefix, places)[0] not in places:
+            unexpected[renamed] = name
+    found = LoadStateDictInfo(missing_keys=set(), unexpected_keys=set(unexpected), mismatched_keys=set(), conversion_errors={}, error_msgs=[],
+                              skipped_pp_keys=set())
+    model._adjust_missing_and_unexpected_keys(found)
+    return {unexpected[place] for place in found.unexpected_keys}
 
 
 def tensor_files(folder: Path, option: str = "model.path") -> dict[str, str]:

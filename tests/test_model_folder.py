@@ -7,8 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sophiavl_fast import model_folder
+from sophiavl_fast.config import Config
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate import transformers_engine
+from sophiavl_fast.monitor import fit
+from sophiavl_fast.recipes import setup
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,30 @@ def test_weights_are_never_drawn_at_random(folder, changed):
             model_folder.open_model(path, "thinking.path", dtype="auto")
     with pytest.raises(UserError, match=rf"^model.path = '{lost}': \d+ weights are missing"):
         transformers_engine.load(str(lost), torch.float32, torch.device("cpu"))
+
+
+EXTRA = [({"model.layers.9.mlp.up_proj.weight": 0, "model.layers.9.input_layernorm.weight": 0, "model.norm.weights": 0},
+          r"'model.layers.9.input_layernorm.weight' has no place in the model of config.json \(3 such\); weights and config.json are of different models"),
+         ({"model.layers.0.self_attn.q_proj.lora_A.weight": 0}, r"q_proj.lora_A.weight' has no place .* \(1 such\); merge the adapter into its model first")]
+
+
+@pytest.mark.parametrize("extra,message", EXTRA)
+def test_tensors_without_a_place_are_refused_before_any_weight_is_read(changed, monkeypatch, extra, message):
+    """They would be trained past and dropped at the export; by every command, the doctor included."""
+    path = changed(tensors=lambda kept: kept | {name: torch.ones(2) for name in extra})
+    row = fit._model(Config.model_validate({"model": {"path": str(path)}}))
+    assert row.status == "FAIL" and "has no place in the model of config.json" in row.found
+    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("a weight was read"))
+    for refuse in (model_folder.refuse_unreadable, model_folder.open_model):
+        with pytest.raises(UserError, match=f"^thinking.path = '{path}': [^\n]*{message}$"):
+            refuse(path, "thinking.path")
+    with pytest.raises(UserError, match=f"^model.path = '{path}': [^\n]*{message}$"):
+        setup.refuse_unreadable(Config.model_validate({"model": {"path": str(path)}, "recipe": "sft"}))
+
+
+def test_codes_that_config_json_describes_bring_scales_along(changed):
+    path = changed(lambda tree: tree.update(quantization_config={"quant_method": "fp8"}), lambda kept: kept | {"model.norm.weight_scale": torch.ones(1)})
+    model_folder.refuse_unreadable(path)
 
 
 @pytest.mark.parametrize("change", [lambda tree: tree.update(vision_config=3), lambda tree: tree["text_config"].update(hidden_act="none"),

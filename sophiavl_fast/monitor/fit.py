@@ -23,9 +23,8 @@ def rows(config: Config, gpus: list[dict]) -> list[Row]:
     out = [_model(config), *_datasets(config)]
     try:
         sizes = shapes.read(config.model.path)
-    except UserError as error:
-        found = str(error).rsplit("; ", 1)
-        return [out[0] if out[0].status == "FAIL" else Row("model", "FAIL", *found), *out[1:], _layout(config, world, None, gpus)]
+    except UserError:                           # the model's row says so
+        return [*out, _layout(config, world, None, gpus)]
     out.append(_layout(config, world, sizes, gpus))
     return out + _memory(config, sizes, world, gpus) if out[-1].status == "OK" else out
 
@@ -50,6 +49,7 @@ def _model(config: Config) -> Row:
         return Row("model", "FAIL", f"'{folder}' does not exist", "model.path names a Hugging Face folder on disk")
     try:
         model_folder.refuse_quantised(folder)
+        shapes.read(folder)                     # a family that is not supported is told before what stands in its files
         model_folder.refuse_unreadable(folder)
         kind, parameters = model_folder.read(folder).get("model_type"), count_parameters(folder)
     except UserError as error:

@@ -28,7 +28,7 @@ def setup(tmp_path):
     (model / "config.json").write_text(json.dumps({
         "model_type": "qwen2_5_vl", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 131, "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64}}))
-    save_file({"a": torch.zeros(16, 64), "b": torch.zeros(512)}, str(model / "model.safetensors"))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(16, 64), "model.norm.weight": torch.zeros(512)}, str(model / "model.safetensors"))
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_path": "rows.jsonl"}}))
     return build({"recipe": "rl", "device": "cpu", "run": {"dir": str(tmp_path / "run")}, "policy": {"tokens_per_row": 1024},

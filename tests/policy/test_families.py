@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import draw, gradients, weighted_sum
 from transformers import AutoModelForImageTextToText
 
+from sophiavl_fast import model_folder
 from sophiavl_fast.errors import EngineError, UserError
 from sophiavl_fast.policy import checkpoint
 from sophiavl_fast.policy.families import Qwen3_VL, open_family
@@ -103,7 +104,27 @@ def test_a_tied_config_beside_a_head_of_its_own_is_not_tied(root, create, tmp_pa
     (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
     tree = json.loads((path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | {"tie_word_embeddings": True}))
+    model_folder.refuse_unreadable(tmp_path)
     assert "language_model.lm_head.weight" in dict(create(tmp_path).weights())
+
+
+@pytest.mark.parametrize("kind", zoo.FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_leaves_out_is_no_tensor_too_many(root, tmp_path, kind, tied):
+    """Buffers that older versions stored, a copy of the embedding as the tied head, either spelling of names; anything else is one too many."""
+    path = matrix.folder(root, kind, tied)
+    family, kept = open_family(path), load_file(path / "model.safetensors")
+    shutil.copy(path / "config.json", tmp_path)
+    buffers = {f"{family.language}layers.0.self_attn.rotary_emb.inv_freq": 0, f"{family.language}rotary_emb.inv_freq": 0}
+    buffers |= {} if kind == "internvl3" else {f"{family.vision_tower}rotary_pos_emb.inv_freq": 0}
+    whole = kept | {name: torch.ones(2) for name in buffers} | {family.head_name: kept.get(family.head_name, kept[family.embedding_name]).clone()}
+    for spelled in (family.published, family.in_memory):
+        save_file({spelled(name): value for name, value in whole.items()}, str(tmp_path / "model.safetensors"))
+        model_folder.refuse_unreadable(tmp_path)
+        extra = spelled(f"{family.language}layers.4.input_layernorm.weight")
+        save_file({spelled(name): value for name, value in whole.items()} | {extra: torch.ones(2)}, str(tmp_path / "model.safetensors"))
+        with pytest.raises(UserError, match=rf"tensor '{extra}' has no place in the model of config.json \(1 such\)"):
+            model_folder.refuse_unreadable(tmp_path)
 
 
 @pytest.mark.parametrize("kind,sections,message", [

@@ -1,8 +1,14 @@
 """An engine that another thread has given up meanwhile is a lost one, not an accident."""
-import pytest
+import threading
 
+import pytest
+import uvicorn
+
+from sophiavl_fast.config import build
 from sophiavl_fast.errors import EngineLost, UserError
+from sophiavl_fast.rollout import identity
 from sophiavl_fast.rollout.client import own_address
+from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE, TokenMiddleware
 from sophiavl_fast.rollout.pool import Pool
 from sophiavl_fast.rollout.server import pick_port
 from sophiavl_fast.rollout.transfer import Lane, Transfer
@@ -25,6 +31,22 @@ def test_a_closed_group_is_a_lost_engine():
     channel.close()
     with pytest.raises(EngineLost, match="was given up before the weight transfer"):
         channel.send([])
+
+
+def test_a_found_server_that_refuses_the_token_is_bad_input(tmp_path, monkeypatch):
+    """The middleware that guards every route, before anything is transferred: the line names the variable."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "right")
+    server = uvicorn.Server(uvicorn.Config(TokenMiddleware(None), port=(port := pick_port(0)), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
+    url = f"http://127.0.0.1:{port}"
+    HttpControl(url, "wrong", 5.0, None).wait_ready(30.0, None)
+    config = build({"recipe": "rl", "model": {"path": str(tmp_path)}, "data": {"train": "x"}, "rollout": {"engine": "server", "urls": [url]}})
+    with pytest.raises(UserError, match=f"^rollout server {url} refused this run's token; {TOKEN_VARIABLE} must be the one the server was started with$"):
+        identity.refuse_others(config, [url])
+    server.should_exit = True
+    thread.join(30)
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_a_found_server_is_trusted_after_a_transfer_only(engine, prompts, model,
     with pytest.raises(UserError, match=TOKEN_VARIABLE):
         open_engine(folder, tmp_path, **found)
     monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
-    with pytest.raises(EngineError, match="refused this run's token"):
+    with pytest.raises(UserError, match=f"refused this run's token; {TOKEN_VARIABLE} must be"):
         open_engine(folder, tmp_path, **found)
     monkeypatch.setenv(TOKEN_VARIABLE, server(engine).token)
     other = open_engine(folder, tmp_path, **found)

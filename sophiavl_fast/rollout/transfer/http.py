@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 
-from sophiavl_fast.errors import EngineError, EngineLost
+from sophiavl_fast.errors import EngineError, EngineLost, UserError
+from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 from sophiavl_fast.rollout.server import Server, authorization
 from sophiavl_fast.rollout.transfer.control import Part
 
@@ -104,6 +105,8 @@ class HttpControl:
             self.ended()
             raise EngineLost(f"{self.name} cannot be reached for {phase} ({error or type(error).__name__}){self.diagnosis()}") from None
         if response.status_code == 401:
+            if self._server is None:
+                raise UserError(f"{self.name} refused this run's token; {TOKEN_VARIABLE} must be the one the server was started with")
             raise EngineError(f"{self.name} refused this run's token at {phase}")
         if response.status_code != 200:
             kind = EngineLost if self.ended() else EngineError

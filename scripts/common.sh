@@ -62,6 +62,17 @@ END
 # host names of a Slurm list; without Slurm (a dry run) a plain comma-separated one
 node_names() { if command -v scontrol >/dev/null; then scontrol show hostnames "$1"; else tr , '\n' <<<"$1"; fi; }
 
+# read_nodes: the job's host names into `nodes`; srun's share of their cores into `cores`, since srun (Slurm 22.05 on) inherits no --cpus-per-task
+read_nodes() {
+    local list=$SLURM_JOB_NODELIST names said
+    if ! names=$(node_names "$list" 2>/dev/null) || [ -z "$names" ]; then
+        said=$(node_names "$list" 2>&1 | head -n 1 || true)
+        fail "scontrol does not tell the nodes of SLURM_JOB_NODELIST = '$list'; it said: ${said:-nothing}"
+    fi
+    mapfile -t nodes <<<"$names"
+    cores=(${SLURM_CPUS_ON_NODE:+--cpus-per-task "$SLURM_CPUS_ON_NODE"})
+}
+
 say() { printf '%q ' "$@"; echo; }
 # the last command of a launcher: in its place, or only shown
 launch() { if [ -n "$dry" ]; then say "$@"; else exec "$@"; fi; }

@@ -2,11 +2,13 @@
 # Several nodes under Slurm: one launcher a node, trainer ranks on all GPUs of all nodes.
 #SBATCH --job-name=sophiavl-fast
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 usage="usage: sbatch --nodes 2 --gpus-per-node 8 scripts/train_slurm.sh [--dry-run] CONFIG [a.b=value ...]
   GPUS  processes a node (default 8)    PORT  free on the first node (default 29500)    PYTHON  interpreter
-Submit it from the checkout's folder; run.dir must lie on a filesystem that all nodes share. --dry-run outside a job needs SLURM_JOB_NODELIST."
+Submit it from the checkout's folder; run.dir must lie on a filesystem that all nodes share. The job takes whole nodes
+(--exclusive), and srun all of their cores (--cpus-per-task from SLURM_CPUS_ON_NODE). --dry-run outside a job needs SLURM_JOB_NODELIST."
 here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 # shellcheck source=scripts/common.sh
 source "$here/scripts/common.sh"
@@ -14,8 +16,8 @@ options "$usage" "$@" && set -- "${rest[@]}"
 need SLURM_JOB_NODELIST
 whole 1 GPUS
 port PORT
-mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
+read_nodes
 gpus=${GPUS:-8}
 read_config $((${#nodes[@]} * gpus)) "$@" >/dev/null
-launch srun --kill-on-bad-exit=1 "$python" -m torch.distributed.run --nnodes "${#nodes[@]}" --nproc-per-node "$gpus" \
+launch srun --kill-on-bad-exit=1 "${cores[@]}" "$python" -m torch.distributed.run --nnodes "${#nodes[@]}" --nproc-per-node "$gpus" \
     --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-dry}" --rdzv-endpoint "${nodes[0]}:${PORT:-29500}" -m sophiavl_fast train "$@"

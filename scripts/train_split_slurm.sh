@@ -3,13 +3,15 @@
 # Servers listen on loopback only and want a token: each trainer node reaches them through ssh tunnels. Weights go by nccl directly.
 #SBATCH --job-name=sophiavl-fast
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 usage="usage: sbatch --nodes 4 --gpus-per-node 8 scripts/train_split_slurm.sh [--dry-run] CONFIG [a.b=value ...]
   ROLLOUT_NODES  nodes that hold engines (default 1)   ENGINES  engines a rollout node (default: GPUS / ENGINE_GPUS)
   ENGINE_GPUS    GPUs an engine (default: rollout.tensor_parallel)   GPUS     GPUs a node (default 8)
   PORT           first of ENGINES x ROLLOUT_NODES + 1 free ports (default 29500)   PYTHON  interpreter
-The nodes must let each other in by ssh without a password; run.dir must lie on a filesystem that all share."
+The nodes must let each other in by ssh without a password; run.dir must lie on a filesystem that all share. The job takes whole
+nodes (--exclusive), and each srun all of their cores (--cpus-per-task from SLURM_CPUS_ON_NODE)."
 here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 # shellcheck source=scripts/common.sh
 source "$here/scripts/common.sh"
@@ -18,7 +20,7 @@ need SLURM_JOB_NODELIST
 whole 1 GPUS ENGINE_GPUS ROLLOUT_NODES ENGINES
 port PORT
 gpus=${GPUS:-8} apart=${ROLLOUT_NODES:-1} port=${PORT:-29500}
-mapfile -t nodes < <(node_names "$SLURM_JOB_NODELIST")
+read_nodes
 count=${#nodes[@]}
 [ "$apart" -lt "$count" ] || fail "ROLLOUT_NODES = $apart of $count nodes: none is left for the trainer"
 ranks=$(((count - apart) * gpus))
@@ -46,7 +48,7 @@ tunnels=() next=$((port + 1))
 for node in "${rollouts[@]}"; do
     for ((i = 0; i < engines; i++)); do
         devices=$(list $(seq $((i * size)) $((i * size + size - 1))))
-        background srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" env CUDA_VISIBLE_DEVICES="$devices" \
+        background srun --overlap --nodes 1 --ntasks 1 "${cores[@]}" --nodelist "$node" env CUDA_VISIBLE_DEVICES="$devices" \
             "$python" -m sophiavl_fast.rollout.serve "$@" "rollout.port=$next" "rollout.tensor_parallel=$size" rollout.transfer=nccl
         tunnels+=("$next:127.0.0.1:$next@$node")
         next=$((next + 1))
@@ -56,6 +58,6 @@ done
 # engines reach it at; the trainer waits rollout.start_timeout_s for tunnels and engines
 step="trap 'kill \$(jobs -p) 2>/dev/null' EXIT; cd '$here'; for t in ${tunnels[*]}; do ssh -o ExitOnForwardFailure=yes -o StrictHostKeyChecking=yes"
 step+=" -N -L \"\${t%@*}\" \"\${t#*@}\" & done; \"\$@\" rollout.transfer_host=\"\$(hostname -I | cut -d' ' -f1)\""
-launch_step srun --kill-on-bad-exit=1 --overlap --nodes "${#trainers[@]}" --ntasks-per-node 1 --nodelist "$(list "${trainers[@]}")" bash -c "$step" train \
+launch_step srun --kill-on-bad-exit=1 --overlap --nodes "${#trainers[@]}" --ntasks-per-node 1 "${cores[@]}" --nodelist "$(list "${trainers[@]}")" bash -c "$step" train \
     "$python" -m torch.distributed.run --nnodes "${#trainers[@]}" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-dry}" \
     --rdzv-endpoint "${trainers[0]}:$port" -m sophiavl_fast train "$@" "rollout.urls=[$(list "${urls[@]}")]" rollout.transfer=nccl

@@ -52,6 +52,24 @@ def test_slurm():
     assert command[:2] == ["srun", "--kill-on-bad-exit=1"] and " --nnodes 2 --nproc-per-node 4 " in " ".join(command) and "a:29500" in command
 
 
+@pytest.mark.parametrize("name", ["train_slurm.sh", "train_split_slurm.sh"])
+def test_ranks_get_all_cores_of_their_nodes(name):
+    """One task a node has one core by default, and srun takes none of what sbatch was asked for."""
+    assert "\n#SBATCH --exclusive\n" in (ROOT / "scripts" / name).read_text()
+    for command in commands(name, *SPLIT, **JOB, SLURM_CPUS_ON_NODE="96"):
+        assert command[0] == "srun" and command[command.index("--cpus-per-task") + 1] == "96"
+    assert not any("--cpus-per-task" in command for command in commands(name, *SPLIT, **JOB))
+
+
+@pytest.mark.parametrize("tool,told", [("echo slurm_load: no route >&2; exit 1", "slurm_load: no route"), ("exit 1", "nothing"), ("true", "nothing")])
+@pytest.mark.parametrize("name", ["train_slurm.sh", "train_split_slurm.sh"])
+def test_a_list_of_nodes_that_slurm_does_not_tell(tmp_path, name, tool, told):
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{tool}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    done = script(name, "--dry-run", *SPLIT, **JOB, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: scontrol does not tell the nodes of SLURM_JOB_NODELIST = 'a,b'; it said: {told}\n")
+
+
 def test_trainer_and_engines_on_different_nodes():
     *engines, trainer = commands("train_split_slurm.sh", *SPLIT, "run.steps=5", "parallel.tensor=4", SLURM_JOB_NODELIST="a,b,c,d", GPUS="8",
                                    ENGINE_GPUS="4", ROLLOUT_NODES="2")

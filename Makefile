@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 RUN := $(PY) -m sophiavl_fast
 STAMP := $(VENV)/.installed
 SEED ?= 0
-# another layout of the trainer, such as PARALLEL="tensor=2" or PARALLEL="tensor=2 data=2": torchrun starts the product of the numbers
+# another layout of the trainer, such as PARALLEL="tensor=2" or PARALLEL="tensor=2 data=2": torchrun starts the product of the counts
 PARALLEL ?=
 # the default seed owns the plain names; other seeds get folders of their own
 SUFFIX := $(if $(filter-out 0,$(SEED)),-s$(SEED),)
@@ -18,7 +18,8 @@ DEMO_SET := run.seed=$(SEED) device=$(DEVICE) data.registry=$(DEMO_DATA)/dataset
 # two million parameters want no 0.4 of a GPU: a cache of a million blocks costs the engine's Python more than the model costs the GPU
 GPU_SET := $(if $(findstring cuda,$(DEVICE)),rollout.gpu_memory_utilization=0.1)
 # the RL run under torchrun, where a layout is named: rollouts then come from servers, one a replica
-RANKS := $(if $(PARALLEL),$(shell echo $$(( 1 $(foreach p,$(PARALLEL),* $(lastword $(subst =, ,$(p)))) ))))
+COUNTS := $(filter tensor=% pipeline=% data=% context=%,$(PARALLEL))
+RANKS := $(if $(PARALLEL),$(shell (echo $$(( 1 $(foreach p,$(COUNTS),* $(lastword $(subst =, ,$(p)))) ))) 2>/dev/null || echo 1))
 RL := $(if $(PARALLEL),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m sophiavl_fast,$(RUN))
 LAYOUT := $(if $(PARALLEL),rollout.engine=server $(addprefix parallel.,$(PARALLEL)))
 
@@ -31,6 +32,7 @@ $(STAMP): requirements/$(if $(findstring cuda,$(DEVICE)),gpu,cpu).txt pyproject.
 
 # data and a random tiny model -> warm start -> thinking reward model -> Trust-GRPO -> the before/after table
 demo: $(STAMP)
+	$(if $(PARALLEL),@bash -c 'here=. PYTHON=$(PY); source scripts/common.sh; read_config "$$@"' PARALLEL $(RANKS) configs/demo.yaml $(DEMO_SET) $(LAYOUT) >/dev/null)
 	$(PY) -m sophiavl_fast.data.demo --out $(DEMO_DATA) --model $(DEMO_MODEL)-init --seed $(SEED)
 	$(RUN) train configs/demo_warmup.yaml $(DEMO_SET) run.dir=runs/demo_warmup$(SUFFIX) run.export=$(DEMO_MODEL) model.path=$(DEMO_MODEL)-init
 	$(RUN) train configs/demo_judge.yaml $(DEMO_SET) run.dir=runs/demo_judge$(SUFFIX) run.export=$(DEMO_MODEL)-judge model.path=$(DEMO_MODEL)

@@ -160,3 +160,31 @@ def test_usage_and_bad_input(name):
     assert script(name).returncode == 2
     done = script(name, "nowhere.yaml")
     assert done.returncode == 2 and "nowhere.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+def make(target: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", "-o", ".venv/.installed", target, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("parallel,processes", [("tensor=2", 2), ("tensor=2 sequence=true", 2), ("tensor=2 data=3 context=2 sequence=true", 12),
+                                                ("pipeline=2 stages=[3,1]", 2), ("sequence=false", 1)])
+def test_the_demo_has_as_many_processes_as_its_layout(parallel, processes):
+    done = make("demo", "-n", f"PARALLEL={parallel}")
+    assert done.returncode == 0 and f" --nproc-per-node {processes} -m sophiavl_fast train configs/demo.yaml " in done.stdout, done.stderr
+    assert all(f"parallel.{setting}" in done.stdout.splitlines()[-1] for setting in parallel.split())
+    assert "torch.distributed" not in make("demo", "-n").stdout
+
+
+@pytest.mark.parametrize("parallel,said", [("tensr=2", "configs/demo.yaml: unknown key 'parallel.tensr'; did you mean"), ("tensor=two", "parallel.tensor"),
+                                           ("tensor=0", "parallel.tensor"), ("tensor=08", "parallel.tensor"), ("tensor=2 data", "override 'parallel.data'"),
+                                           ("data=5", "5 data-parallel replicas")])
+def test_a_layout_that_cannot_be_ends_the_demo_before_its_long_stages(tmp_path, parallel, said):
+    """The warm start and the judge take minutes; the layout is the last stage's."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\ncase "$1" in -m) echo "a stage began" >&2; exit 9;; esac\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    done = make("demo", f"VENV={tmp_path}", f"PARALLEL={parallel}")
+    line, *rest = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("PARALLEL: ") and said in line and len(rest) == 1 and "a stage began" not in done.stderr, done.stderr

@@ -91,7 +91,9 @@ class Rollout(Node):
     temperature: float = 1.0
     """Enters the sampler and the ratio alike; at least 0.01, since vLLM samples no colder."""
     resample: int = 0
-    """Rounds in which groups without signal (all advantages 0) are replaced by fresh prompts (DAPO); those left after the last are kept."""
+    """Rounds in which groups without signal (all advantages 0) are replaced by fresh prompts (DAPO); those left after the last are kept.
+    Adds the metrics rollout/resampled (groups replaced in the step, over all rounds), rollout/silent (groups still without signal) and rollout/outcome (mean
+    outcome reward of all that was sampled); reward/outcome, the report's "outcome reward", is then that of the chosen groups."""
     staleness: int = 0
     """Steps that rollouts may run ahead of the policy: 0 samples every step with that step's weights."""
     max_logprob_diff: float | None = None

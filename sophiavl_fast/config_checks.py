@@ -245,7 +245,8 @@ def check_start(config: Any, environ: Mapping[str, str]) -> None:
     if config.run.export:
         refuse_no_place(config.run.export, "run.export = ")
     if config.recipe == "rl" and config.rollout.urls and not config.debug.replay and not environ.get(TOKEN_VARIABLE):
-        raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token")
+        raise UserError(f"rollout.urls is set, but not the environment variable {TOKEN_VARIABLE} with the servers' token: "
+                        "the one that `python -m sophiavl_fast.rollout.serve CONFIG` was started with")
 
 
 def refuse_no_place(folder: str | Path, option: str = "") -> None:

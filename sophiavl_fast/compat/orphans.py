@@ -27,7 +27,7 @@ def follow_parents() -> None:
         # the kernel means the thread that forked: a child of a passing one would end with it
         seen[:] = os.getpid(), threading.current_thread() is threading.main_thread()
 
-    os.register_at_fork(before=before, after_in_child=lambda: seen[1] and _follow(seen[0]))
+    os.register_at_fork(before=before, after_in_child=lambda: _follow(seen[0]) if seen[1] else None)
 
 
 def _follow(parent: int) -> None:

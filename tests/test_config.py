@@ -162,7 +162,8 @@ def test_every_replica_has_a_server_of_its_own(tmp_path):
 @pytest.mark.parametrize("overrides,environ,expected", [
     (["device=cuda", "rollout.engines=2"], {}, "rollout.engines = 2: beside the trainer a replica has one engine, .* rollout.gpus"),
     (["device=cuda", "rollout.tensor_parallel=2", "rollout.engines=2"], {}, "rollout.tensor_parallel = 2: beside the trainer .* rollout.urls$"),
-    (["rollout.urls=[http://a:1]"], {}, "not the environment variable SOPHIAVL_ROLLOUT_TOKEN with the servers' token$"),
+    (["rollout.urls=[http://a:1]"], {}, "not the environment variable SOPHIAVL_ROLLOUT_TOKEN with the servers' token: the one that "
+     "`python -m sophiavl_fast.rollout.serve CONFIG` was started with$"),
     (["device=cuda", "rollout.urls=[http://a:1]", "rollout.tensor_parallel=2"], {config_checks.TOKEN_VARIABLE: "t"}, None),
     (["device=cuda", "rollout.engines=2", "rollout.tensor_parallel=2", "rollout.gpus=[4,5,6,7]"], {}, None),
     (["device=cuda", "rollout.transfer=nccl"], {}, "rollout.transfer = nccl reaches engines on GPUs of their own: .* takes ipc"),

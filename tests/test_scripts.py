@@ -163,7 +163,8 @@ def test_usage_and_bad_input(name):
 
 
 def make(target: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", "-o", ".venv/.installed", target, *arguments], cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}      # these tests may run under `make test`
+    return subprocess.run(["make", "-o", ".venv/.installed", target, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize("parallel,processes", [("tensor=2", 2), ("tensor=2 sequence=true", 2), ("tensor=2 data=3 context=2 sequence=true", 12),

@@ -73,10 +73,10 @@ def test_no_late_response_changes_nothing():
 
 
 def test_equal_outcomes_of_different_lengths_are_not_uniform():
-    """trust.uniform_groups: skip leaves out groups that only the judge tells apart; here the length does."""
+    """trust.uniform_groups: skip leaves out groups that only the judge tells apart; here the length does. The metric is of outcomes alone."""
     config = build({"trust": {"uniform_groups": "skip"}, "run": {"steps": 10}})
     found, metrics = trust.advantages(scores([1.0] * 4, [0.5, 0.4, 0.3, 0.2], [0.0, 0.0, -1.0, 0.0]), [4], 0, config)
-    assert found.advantage[2] < 0 < found.advantage[0] and metrics["trust/uniform_share"] == 0
+    assert found.advantage[2] < 0 < found.advantage[0] and metrics["trust/uniform_share"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("cache,longest", [(-1, None), (57, None), (8, 7), (8, 57)])

@@ -24,12 +24,18 @@ if __name__ == "__main__":
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context(sys.argv[1]).Process(target=child, args=(theirs,))
     if sys.argv[2] == "passing":
-        thread = threading.Thread(target=process.start)
+        begun, enough = threading.Event(), threading.Event()
+        thread = threading.Thread(target=lambda: (process.start(), begun.set(), enough.wait()))
         thread.start()
-        thread.join()
+        begun.wait()
     else:
         process.start()
-    print(ours.recv(), flush=True)
+    theirs.close()
+    pid = ours.recv()
+    if sys.argv[2] == "passing":
+        enough.set()
+        thread.join()
+    print(pid, flush=True)
     time.sleep(600)
 '''
 
@@ -53,7 +59,8 @@ def start(tmp_path):
 
 
 def lives(process: psutil.Process, seconds: float) -> bool:
-    return bool(psutil.wait_procs([process], timeout=seconds)[1])
+    """Still after so many seconds, and not only as the zombie of a parent that does not ask for it."""
+    return bool(psutil.wait_procs([process], timeout=seconds)[1]) and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -23,7 +23,8 @@ class Family:
         first = psutil.Process(supervisor)
         self.members = [first, *(p for p in first.children(recursive=True) if _role(p) != "resource tracker")]
         self.roles = {p.pid: f"{_role(p) if p is not first else 'supervisor'} (pid {p.pid})" for p in self.members}
-        self._parents = {p.pid: up for p in self.members[1:] for up in self.members if p.ppid() == up.pid}
+        known = {p.pid: p for p in self.members}
+        self._parents = {p.pid: known.get(_parent(p)) for p in self.members[1:]}
         self.front = next((pid for pid, role in self.roles.items() if role.startswith(FRONT)), supervisor)
         """Process id of the one that answers HTTP."""
         self.first = ""
@@ -73,6 +74,14 @@ def _role(process: psutil.Process) -> str:
     except psutil.Error:
         name = ""
     return next((role for part, role in ROLES.items() if part in name), FRONT)
+
+
+def _parent(process: psutil.Process) -> int:
+    """Its parent's process id; 0 for one that has ended meanwhile, as a helper of a server's start may."""
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0
 
 
 def _over(process: psutil.Process) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sophiavl_fast.rollout.family import Family
 from sophiavl_fast.rollout.server import end
 
 ROOT = Path(__file__).parent.parent.parent
@@ -109,3 +110,25 @@ def test_sigkill_of_a_trainer_with_a_real_server(folder, tmp_path, after):
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=40)
     assert not alive
+
+
+def test_a_helper_that_ends_while_the_family_is_looked_at(monkeypatch):
+    """As a compiler that a server has started may: it is the first to end, and no error of the start."""
+    code = "import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); print(0, flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline()
+    [child] = psutil.Process(parent.pid).children()
+
+    def gone(process):
+        raise psutil.NoSuchProcess(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "ppid", gone)
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [child])
+    found = Family(parent.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    try:
+        assert found.ended.wait(20) and f"(pid {child.pid}) ended" in found.first
+    finally:
+        found.close()
+        parent.kill()
+        parent.wait()

@@ -3,7 +3,11 @@
 Tests that run side by side (`make test`) have cores of their own, and so have the processes they start: two engines that both take all
 cores would wait for each other.
 """
+import gc
 import os
+from pathlib import Path
+
+MANY_FILES = 400  # a policy holds some 80 descriptors, its groups' sockets; a shell lets a process have 1,024 in all
 
 
 def own_cores(cores: list[int], worker: int, workers: int) -> list[int]:
@@ -22,6 +26,14 @@ import sophiavl_fast  # noqa: E402, F401
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("searching", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))  # HYPOTHESIS_PROFILE=searching draws new ones
+
+
+@pytest.fixture(autouse=True)
+def few_open_files():
+    """What earlier tests' policies hold goes with them, and they are in cycles: only a collection ends them."""
+    yield
+    if len(list(Path("/proc/self/fd").iterdir())) > MANY_FILES:
+        gc.collect()
 
 
 @pytest.fixture

@@ -134,9 +134,11 @@ def _read_line(process: subprocess.Popen[bytes], data: bytes, seconds: float) ->
     """One line and what came after it; `data` was read before."""
     deadline = time.monotonic() + seconds
     pipe = process.stdout.fileno()  # type: ignore[union-attr]
+    ready = select.poll()  # select() knows descriptors below 1024 only; a trainer may have more files open
+    ready.register(pipe, select.POLLIN)
     while b"\n" not in data:
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+        if left <= 0 or not ready.poll(left * 1000):
             return None, data
         chunk = os.read(pipe, 65536)
         if not chunk:

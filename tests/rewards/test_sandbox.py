@@ -1,3 +1,6 @@
+import contextlib
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -53,6 +56,19 @@ def test_a_worker_killed_from_outside_costs_one_grade():
         worker.wait()
         assert sandbox.submit(Task("numerical", "x=12", "12")).result().killed
         assert sandbox.submit(Task("numerical", "x=12", "12")).result().outcome == 1
+
+
+def test_a_process_with_many_open_files_grades():
+    """select() refuses descriptors from 1024 on; a trainer that holds a vLLM engine may have them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard >= 2048
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+        for _ in range(1100):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        with Sandbox(workers=1, timeout_s=30, memory_mb=2048) as sandbox:
+            assert sandbox.submit(Task("numerical", "x=12", "12")).result().outcome == 1
 
 
 def test_close_does_not_wait_for_a_hanging_grade():

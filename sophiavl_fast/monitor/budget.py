@@ -178,9 +178,10 @@ def advice(config: Config, sizes: Sizes, world: int, device: Device) -> str:
                 more = f" on {processes} processes" if processes != world else ""
                 best = cost, f"{' '.join(changes) or 'the same'}{more}", max(n.bytes for n in found)
     if best is None:
-        alone = max(n.bytes - n.items["engine"] for n in needs(config, sizes, world, device))
-        if device.cuda and alone <= config.memory.fraction * device.bytes:
-            return f"with the engines on other GPUs (rollout.urls) a rank would need {gib(alone)} GiB"
+        apart = config.rollout.model_copy(update={"urls": ["http://other:8000"], "gpus": [], "engine": "server", "transfer": "auto", "sleep": False})
+        alone = needs(config.model_copy(update={"rollout": apart}), sizes, world, device)
+        if config.recipe == "rl" and device.cuda and fits(alone, config, device):
+            return f"with the engines on other GPUs (rollout.urls) a rank would need {gib(max(n.bytes for n in alone))} GiB"
         beside = f" beside engines on GPUs of the same node (rollout.gpus = {config.rollout.gpus})" if config.rollout.gpus else ""
         return f"no layout of up to {MOST_PROCESSES} such devices{beside} fits either: take fewer or shorter responses, smaller images or a smaller model"
     return f"{best[1]} would fit with {gib(best[2])} GiB a rank"

@@ -351,6 +351,17 @@ def test_advice_leaves_the_engines_their_own_gpus(published, monkeypatch):
         budget.require(config, 2, gpu(20))
 
 
+def test_what_is_needed_with_the_engines_elsewhere_is_what_that_configuration_needs(published):
+    """Every phase without the engine, and without ipc's copies: the number that `train` with rollout.urls would find."""
+    overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "rollout.sleep=true", "rollout.engine=server"]
+    read = lambda *more: load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [*overrides, *more], world_size=8)
+    config = read("rollout.gpu_memory_utilization=0.9")
+    sizes = shapes.read(config.model.path)
+    line = budget.advice(config, sizes, 8, gpu(200))
+    apart = budget.needs(read("rollout.sleep=false", "rollout.urls=[" + ",".join(f"http://10.0.0.{i}:8000" for i in range(8)) + "]"), sizes, 8, gpu(200))
+    assert line == f"with the engines on other GPUs (rollout.urls) a rank would need {budget.gib(max(n.bytes for n in apart))} GiB"
+
+
 def test_the_doctors_layout_is_one_that_train_takes(published, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [f"model.path={published('qwen2_5_vl_7b')}", "rollout.gpus=[0,1,2,3]",

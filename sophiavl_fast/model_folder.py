@@ -96,7 +96,7 @@ def open_model(path: str | Path, option: str = "model.path", **how: Any) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
-    refuse_unused(path, option)
+    refuse_other_tensors(path, option)
     try:
         opened: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                                                                   ignore_mismatched_sizes=True, **how)
@@ -126,8 +126,8 @@ def refuse_quantised(path: str | Path) -> None:
 
 
 def refuse_unreadable(path: str | Path, option: str = "model.path") -> None:
-    """UserError where config.json lacks a part, a weight file is missing or cut short, weights are codes and config.json does not say of what, or have
-    no place in the model.
+    """UserError where config.json lacks a part, a weight file is missing or cut short, weights are codes and config.json does not say of what, or are not
+    the model's.
 
     Headers alone are read. What an engine can use is not refused: quantised weights that config.json describes.
     """
@@ -139,11 +139,12 @@ def refuse_unreadable(path: str | Path, option: str = "model.path") -> None:
         if codes and not described:
             raise UserError(f"{option} = '{folder}': tensor '{codes[0][0]}' is {codes[0][1]} in {file} ({len(codes)} such in it), and config.json has no "
                             "quantization_config; dequantise the weights to bfloat16 first")
-    refuse_unused(folder, option)
+    refuse_other_tensors(folder, option)
 
 
-def refuse_unused(path: str | Path, option: str = "model.path") -> None:
-    """UserError for tensors that the model of config.json has no place for: they would be trained past and dropped at the export.
+def refuse_other_tensors(path: str | Path, option: str = "model.path") -> None:
+    """UserError for tensors that the model of config.json has no place for (they would be trained past and dropped at the export) or lacks (vLLM leaves
+    at random what is missing of a matrix that it fuses).
 
     Names alone are compared, as transformers compares them when it loads, with all that it means to leave out (buffers of older versions). A folder that it
     cannot build, or whose weights are quantised (scales and the like), is left to what loads it.
@@ -159,9 +160,12 @@ def refuse_unused(path: str | Path, option: str = "model.path") -> None:
             model = AutoModelForImageTextToText.from_config(open_config(folder), trust_remote_code=False)
     except Exception:  # validators raise classes of their own
         return
-    if unused := sorted(_unexpected(model, names)):
+    unused, missing = map(sorted, _unexpected_and_missing(model, names))
+    if unused:
         hint = "merge the adapter into its model first" if ".lora_" in unused[0] else "weights and config.json are of different models"
         raise UserError(f"{option} = '{folder}': tensor '{unused[0]}' has no place in the model of config.json ({len(unused)} such); {hint}")
+    if missing:
+        raise UserError(f"{option} = '{folder}': tensor '{missing[0]}' of the model of config.json is in no weight file ({len(missing)} such); {AGAIN}")
 
 
 @contextmanager
@@ -174,24 +178,28 @@ def _on_meta() -> Iterator[None]:
         yield
 
 
-def _unexpected(model: Any, names: Iterable[str]) -> set[str]:
-    """Those of the stored names that transformers would call unexpected, by its own renaming of published names and its own exceptions; and no buffer
-    that it computes anew, of which it excepts the language model's alone."""
+def _unexpected_and_missing(model: Any, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Those of the stored names that transformers would call unexpected, by its own renaming of published names and its own exceptions, and no buffer that
+    it computes anew, of which it excepts the language model's alone; and the model's tensors that none of them fills, nor a tensor that they are tied to."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.modeling_utils import LoadStateDictInfo
 
-    mapping, unexpected = get_model_conversion_mapping(model), {}
+    mapping, unexpected, filled = get_model_conversion_mapping(model), {}, set()
     renamings, converters = [m for m in mapping if isinstance(m, WeightRenaming)], [m for m in mapping if isinstance(m, WeightConverter)]
-    places = model.state_dict() | dict(model.named_buffers())
+    wanted = model.state_dict()
+    places = wanted | dict(model.named_buffers())
     for name in names:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
-        if renamed not in places and rename_source_key(name, [], [], model.base_model_prefix, places)[0] not in places:
-            unexpected[renamed] = name
-    found = LoadStateDictInfo(missing_keys=set(), unexpected_keys=set(unexpected), mismatched_keys=set(), conversion_errors={}, error_msgs=[],
-                              skipped_pp_keys=set())
-    model._adjust_missing_and_unexpected_keys(found)
-    return {unexpected[place] for place in found.unexpected_keys}
+        found = [p for p in (rename_source_key(name, *how, model.base_model_prefix, places)[0] for how in ((renamings, converters), ([], []))) if p in places]
+        filled.update(found[:1])
+        if not found:
+            unexpected[name] = rename_source_key(name, renamings, converters, model.base_model_prefix, places)[0]
+    copies = model.all_tied_weights_keys
+    filled |= {source for copy, source in copies.items() if copy in filled} | copies.keys()
+    info = LoadStateDictInfo(missing_keys=set(wanted) - filled, unexpected_keys=set(unexpected.values()), mismatched_keys=set(), conversion_errors={},
+                             error_msgs=[], skipped_pp_keys=set())
+    model._adjust_missing_and_unexpected_keys(info)
+    return {name for name, place in unexpected.items() if place in info.unexpected_keys}, info.missing_keys
 
 
 def tensor_files(folder: Path, option: str = "model.path") -> dict[str, str]:

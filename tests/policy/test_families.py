@@ -125,6 +125,12 @@ def test_what_transformers_leaves_out_is_no_tensor_too_many(root, tmp_path, kind
         save_file({spelled(name): value for name, value in whole.items()} | {extra: torch.ones(2)}, str(tmp_path / "model.safetensors"))
         with pytest.raises(UserError, match=rf"tensor '{extra}' has no place in the model of config.json \(1 such\)"):
             model_folder.refuse_unreadable(tmp_path)
+        ends = [{family.embedding_name, family.head_name}] if tied else [{family.embedding_name}, {family.head_name}]
+        for lost in ({f"{family.language}layers.1.self_attn.k_proj.weight"}, {min(n for n in kept if "vis" in n)}, *ends):
+            some, name = {n: value for n, value in whole.items() if n not in lost}, min(lost, key=lambda n: n == family.head_name)
+            save_file({spelled(n): value for n, value in some.items()}, str(tmp_path / "model.safetensors"))
+            with pytest.raises(UserError, match=rf"tensor '{family.in_memory(name)}' of the model of config.json is in no weight file \(1 such\)"):
+                model_folder.refuse_unreadable(tmp_path)
 
 
 @pytest.mark.parametrize("kind,sections,message", [

@@ -29,6 +29,10 @@ PULSE_S = 1.0
 SILENT_PULSES = 5.0      # so many without a change, while everything falls, and a rank counts as gone
 CLOCKS_S = 2.0           # by which clocks of hosts, and of a shared file system, may differ
 LAUNCHER = "the end of its launcher"
+BLAMELESS = {             # why a job falls without a rank to blame
+    LAUNCHER: "the launcher (pid {}, torchrun or another) ended without a word (killed?)",
+    "SIGTERM": "SIGTERM from the launcher (pid {}), which was told to end (scancel, a time limit) or saw another node fail",
+}
 LEAVE_S = 20.0           # a failed rank that cannot end its cleanup by then (a collective without its peers) is ended
 
 
@@ -217,10 +221,9 @@ class Muster:
         if not self._note["failed"]:
             self._write(left=why)
         self.tell()
-        if why == LAUNCHER and self._first():     # no rank is to blame
+        if why in BLAMELESS and self._first():
             step = f" of step {self._note['step']}" * bool(self._note["step"])
-            self._say(f"the launcher (pid {self._parent}, torchrun or another) ended without a word (killed?), rank {self.rank} was last seen in "
-                      f"{self._note['phase']}{step}")
+            self._say(f"{BLAMELESS[why].format(self._parent)}; rank {self.rank} was last seen in {self._note['phase']}{step}")
         os._exit(code)
 
 

@@ -71,14 +71,18 @@ def test_a_rank_that_falls_before_the_other_has_joined_is_told_of(tmp_path):
     assert len(lines) == 1 and "rank 1 (pid " in lines[0] and "ended without a word (killed?), last seen in update of step 3;" in lines[0], lines
 
 
-def test_without_their_launcher_they_end(tmp_path):
+@pytest.mark.parametrize("number, line", [
+    (signal.SIGKILL, "the launcher (pid {}, torchrun or another) ended without a word (killed?); rank "),
+    (signal.SIGTERM, "SIGTERM from the launcher (pid {}), which was told to end (scancel, a time limit) or saw another node fail; rank ")])
+def test_without_their_launcher_they_end(tmp_path, number, line):
     job = start(tmp_path, "nothing", 1)
     processes = ranks(tmp_path)
-    job.send_signal(signal.SIGKILL)
+    time.sleep(1)
+    job.send_signal(number)
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
     lines = end_of(job)
-    assert len(lines) == 1 and f"the launcher (pid {job.pid}, torchrun or another) ended without a word (killed?)" in lines[0], lines
+    assert len(lines) == 1 and line.format(job.pid) in lines[0] and " of step 3; the job ends" in lines[0], lines
 
 
 def refuse(tmp_path: Path, first: str, second: str) -> list[str]:

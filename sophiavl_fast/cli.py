@@ -120,11 +120,10 @@ def _train(a) -> int:
 
     world = config_checks.launched(os.environ)
     muster.before_it()
-    alone = config_checks.world_size(os.environ) is None
-    tree = config.load(a.config, a.overrides, world_size=None if alone else world)
-    if alone:
+    tree = config.load_unchecked(a.config, a.overrides)
+    if config_checks.world_size(os.environ) is None:
         config_checks.refuse_alone(tree, shlex.join(["train", a.config, *a.overrides]))
-        config.check(tree, world)
+    config.check(tree, world)
     with muster.refusals(tree.run.dir):
         config_checks.check_start(tree, os.environ)
         budget.require(tree, world)

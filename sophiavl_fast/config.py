@@ -365,6 +365,13 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[st
     `parallel` asks for at least. Raises UserError, one line, for an unreadable file, an unknown key, a value of the wrong kind or a
     combination that cannot run.
     """
+    config = load_unchecked(path, overrides, environ=environ)
+    check(config, world_size)
+    return config
+
+
+def load_unchecked(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[str, str] | None = None) -> Config:
+    """As `load`, without the question whether values are in their ranges and can run together."""
     tree = _read(Path(path))
     for item in overrides:
         key, eq, text = item.partition("=")
@@ -377,7 +384,6 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, environ: Mapping[st
         _set(tree, key.strip(), value, item)
     config = build(tree, str(path))
     _from_environment(config, os.environ if environ is None else environ)
-    check(config, world_size)
     return config
 
 

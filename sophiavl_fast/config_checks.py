@@ -17,7 +17,7 @@ TOKEN_VARIABLE = "SOPHIAVL_ROLLOUT_TOKEN"
 def least_processes(config: Any) -> int:
     """How many processes the layout asks for: parallel.data replicas, else as many as rollout.gpus has engines for, else one."""
     p, r = config.parallel, config.rollout
-    replicas = p.data or max(1, len(r.gpus) // (r.engines * r.tensor_parallel))
+    replicas = p.data or (max(1, len(r.gpus) // (r.engines * r.tensor_parallel)) if config.recipe == "rl" else 1)
     return p.tensor * p.pipeline * p.context * replicas
 
 
@@ -48,10 +48,11 @@ def launched(environ: Mapping[str, str]) -> int:
 
 
 def refuse_alone(config: Any, command: str) -> None:
-    """UserError for a layout of several processes that no launcher has started; command: what each of them runs."""
+    """UserError for a layout of several processes that no launcher has started; command: what each of them runs. Of the checks the first."""
     p = config.parallel
-    needed = p.tensor * p.pipeline * p.context * (p.data or 1)
-    if needed > 1:
+    config_ranges.check(config.model_dump())
+    if p.tensor * p.pipeline * p.context * (p.data or 1) > 1:
+        needed = least_processes(config)
         asked = ", ".join(f"parallel.{key} = {getattr(p, key)}" for key in ("tensor", "pipeline", "context", "data") if (getattr(p, key) or 1) > 1)
         raise UserError(f"{asked}: this needs {needed} processes, but it was started as one, without a launcher; "
                         f"start it by `torchrun --nproc-per-node {needed} -m sophiavl_fast {command}`")

@@ -237,7 +237,8 @@ def test_processes_that_cannot_meet_are_refused(monkeypatch, capsys, change, exp
 
 @pytest.mark.parametrize("overrides,processes,asked", [
     (["parallel.tensor=2"], 2, "parallel.tensor = 2"), (["parallel.data=2", "parallel.pipeline=2"], 4, "parallel.pipeline = 2, parallel.data = 2"),
-    (["parallel.context=2", "run.dir=my runs"], 2, "parallel.context = 2")], ids=str)
+    (["parallel.context=2", "run.dir=my runs"], 2, "parallel.context = 2"),
+    (["parallel.tensor=2", "rollout.gpus=[4,5]", "rollout.engine=server", "rollout.prompts_per_step=8"], 4, "parallel.tensor = 2")], ids=str)
 def test_a_layout_that_nothing_launched_names_its_launch(tmp_path, monkeypatch, capsys, overrides, processes, asked):
     """With a launcher's WORLD_SIZE, and in the doctor, it is the number of processes that is wrong."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -257,6 +258,10 @@ def test_what_one_process_cannot_be_given_is_still_refused_without_a_launcher(tm
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert cli.main(["train", str(write(tmp_path, GOOD)), "rollout.gpus=[1,2]"]) == 2
     assert "1 engines x rollout.tensor_parallel 1 x 1 replicas need 1 different GPUs" in capsys.readouterr().err
+    assert cli.main(["train", str(write(tmp_path, GOOD)), "rollout.gpus=[1,2,3]", "rollout.engine=server"]) == 2   # and not that prompts do not divide by 3
+    assert "1 replicas need 1 different GPUs" in capsys.readouterr().err
+    tree = config.load(write(tmp_path, GOOD), ["recipe=sft", "sft.batch_size=6", "rollout.engine=server", "rollout.gpus=[4,5,6,7]"], world_size=None)
+    assert config_checks.least_processes(tree) == 1    # no engines, no replicas for them
 
 
 def test_processes_that_can_meet():

@@ -12,20 +12,25 @@ import threading
 
 import psutil
 
-# vLLM gives its processes names; the first without one of these answers HTTP
-ROLES, FRONT = {"VLLM::EngineCor": "engine core", "VLLM::Worker": "engine worker", "resource_tracker": "resource tracker"}, "API server"
+# vLLM gives its processes names; the supervisor's own child answers HTTP
+ROLES, FRONT = {"VLLM::EngineCor": "engine core", "VLLM::Worker": "engine worker"}, "API server"
 
 
 class Family:
-    """The process `supervisor` and all its descendants at this moment, which is when the server first answers: all are there."""
+    """The process `supervisor`, its child and that one's engine processes at this moment, which is when the server first answers: all are there.
+
+    Helpers (a compiler, a tracker of shared memory) are none of it: one that has done its work ends.
+    """
 
     def __init__(self, supervisor: int) -> None:
         first = psutil.Process(supervisor)
-        self.members = [first, *(p for p in first.children(recursive=True) if _role(p) != "resource tracker")]
-        self.roles = {p.pid: f"{_role(p) if p is not first else 'supervisor'} (pid {p.pid})" for p in self.members}
+        front = sorted(first.children(), key=psutil.Process.create_time)[:1]      # later ones are orphans that it has adopted
+        engine = [(p, role) for p in first.children(recursive=True) if p not in front and (role := _role(p))]
+        roles = [(first, "supervisor"), *((p, FRONT) for p in front), *engine]
+        self.members, self.roles = [p for p, _ in roles], {p.pid: f"{role} (pid {p.pid})" for p, role in roles}
         known = {p.pid: p for p in self.members}
         self._parents = {p.pid: known.get(_parent(p)) for p in self.members[1:]}
-        self.front = next((pid for pid, role in self.roles.items() if role.startswith(FRONT)), supervisor)
+        self.front = (front or [first])[0].pid
         """Process id of the one that answers HTTP."""
         self.first = ""
         """The first process that ended, for an error message; "" while all live."""
@@ -69,15 +74,16 @@ class Family:
 
 
 def _role(process: psutil.Process) -> str:
+    """Of an engine's process; "" for any other, and for one that has ended."""
     try:
-        name = f"{process.name()} {' '.join(process.cmdline())}"
+        name = process.name()
     except psutil.Error:
         name = ""
-    return next((role for part, role in ROLES.items() if part in name), FRONT)
+    return next((role for part, role in ROLES.items() if part in name), "")
 
 
 def _parent(process: psutil.Process) -> int:
-    """Its parent's process id; 0 for one that has ended meanwhile, as a helper of a server's start may."""
+    """Its parent's process id; 0 for one that has ended meanwhile."""
     try:
         return process.ppid()
     except psutil.Error:

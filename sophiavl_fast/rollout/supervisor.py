@@ -62,15 +62,23 @@ def end_orphans(supervisor: int) -> None:
 def kill_all(living: Callable[[], list[psutil.Process]]) -> None:
     """Kill them, the trackers after the others, whose shared memory they unlink."""
     kill([p for p in living() if not is_tracker(p)])
-    psutil.wait_procs(living(), timeout=GRACE_S)
+    _wait(living)
     kill(living())
-    psutil.wait_procs(living(), timeout=GRACE_S)
+    _wait(living)
+
+
+def _wait(living: Callable[[], list[psutil.Process]]) -> None:
+    """Until none lives, GRACE_S at most."""
+    deadline = time.monotonic() + GRACE_S
+    while (left := living()) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=POLL_S)
 
 
 def _group(process: psutil.Process) -> int:
+    """Its process group; -1 for one that has ended, be it a zombie still: a container's first process may never ask for its orphans."""
     try:
-        return os.getpgid(process.pid)
-    except ProcessLookupError:
+        return os.getpgid(process.pid) if process.status() != psutil.STATUS_ZOMBIE else -1
+    except (ProcessLookupError, psutil.Error):
         return -1
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sophiavl_fast.rollout import supervisor
 from sophiavl_fast.rollout.family import Family
 from sophiavl_fast.rollout.server import end
 
@@ -76,6 +77,18 @@ def test_what_a_killed_supervisor_leaves_is_ended_with_the_server():
     assert not alive
 
 
+def test_a_zombie_is_no_orphan_to_wait_for():
+    """A container's first process may never ask for those that it has adopted."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    assert supervisor._group(psutil.Process(process.pid)) == process.pid
+    process.kill()
+    deadline = time.monotonic() + 20
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert os.getpgid(process.pid) == process.pid and supervisor._group(psutil.Process(process.pid)) == -1
+    process.wait()
+
+
 def test_shared_memory_of_a_killed_server_is_given_back():
     """As that of vLLM's message queues: the tracker, which would unlink it, is killed last."""
     server = ("import signal, time; from multiprocessing.shared_memory import SharedMemory; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -112,23 +125,54 @@ def test_sigkill_of_a_trainer_with_a_real_server(folder, tmp_path, after):
     assert not alive
 
 
-def test_a_helper_that_ends_while_the_family_is_looked_at(monkeypatch):
-    """As a compiler that a server has started may: it is the first to end, and no error of the start."""
-    code = "import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); print(0, flush=True); time.sleep(600)"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout.readline()
-    [child] = psutil.Process(parent.pid).children()
+HELPED = ("import ctypes, subprocess, sys, time; run = lambda c: subprocess.Popen([sys.executable, '-c', c]);"
+          "worker = run('import ctypes, time; ctypes.CDLL(None).prctl(15, b\"VLLM::Worker\", 0, 0, 0); print(1, flush=True); time.sleep(600)');"
+          "helper = run('import time; print(1, flush=True); time.sleep(600)'); time.sleep(600)")
+
+
+@pytest.fixture
+def helped():
+    """A supervised server with a worker, by its name, and a helper."""
+    supervisor = subprocess.Popen([sys.executable, "-m", "sophiavl_fast.rollout.supervisor", sys.executable, "-c", HELPED],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    assert supervisor.stdout.readline() and supervisor.stdout.readline()
+    [server] = psutil.Process(supervisor.pid).children()
+    by_role = {p.name() == "VLLM::Worker": p for p in server.children()}
+    family = Family(supervisor.pid)
+    yield family, by_role[True], by_role[False], server
+    family.close()
+    end(supervisor)
+
+
+def test_a_helper_that_ends_ends_no_server(helped):
+    """As a compiler that a server has started may, whenever it is done."""
+    family, worker, helper, server = helped
+    assert family.front == server.pid and helper.pid not in family.roles
+    helper.kill()
+    assert not family.ended.wait(2)
+    worker.kill()
+    assert family.ended.wait(20) and family.first == f"engine worker (pid {worker.pid}) ended"
+
+
+def test_a_killed_server_is_named_and_not_what_it_takes_along(helped):
+    family, worker, _, server = helped
+    server.kill()
+    worker.kill()
+    assert family.ended.wait(20) and family.first == f"API server (pid {server.pid}) ended"
+
+
+def test_a_worker_that_ends_while_the_family_is_looked_at(helped, monkeypatch):
+    """It is the first to end, whatever can still be learnt of it."""
+    family, worker, *_ = helped
+    real = psutil.Process.ppid
 
     def gone(process):
-        raise psutil.NoSuchProcess(process.pid)
+        if process.pid == worker.pid:
+            raise psutil.NoSuchProcess(process.pid)
+        return real(process)
 
     monkeypatch.setattr(psutil.Process, "ppid", gone)
-    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [child])
-    found = Family(parent.pid)
-    os.kill(child.pid, signal.SIGKILL)
-    try:
-        assert found.ended.wait(20) and f"(pid {child.pid}) ended" in found.first
-    finally:
-        found.close()
-        parent.kill()
-        parent.wait()
+    found = Family(psutil.Process(family.front).parent().pid)
+    worker.kill()
+    assert found.ended.wait(20) and found.first == f"engine worker (pid {worker.pid}) ended"
+    found.close()

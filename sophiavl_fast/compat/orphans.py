@@ -10,27 +10,39 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 SERVED = "SOPHIAVL_SERVED"    # set in the environment of a server's processes, and only there
 _PR_SET_PDEATHSIG = 1
 
 
 def follow_parents() -> None:
-    """In a server's process: processes that multiprocessing starts here, by fork or spawn, are killed when their parent ends, in whatever way."""
+    """In a server's process: what its main thread forks, and what multiprocessing spawns from there, is killed when this process ends, in whatever way."""
     if SERVED not in os.environ:
         return
-    if "--multiprocessing-fork" in sys.orig_argv:     # spawned itself
-        _follow(os.getppid())
-    seen = [0, False]
+    prctl = ctypes.CDLL(None).prctl                   # looked up here: a forked child may not, where another thread held a lock
+    if "--multiprocessing-fork" in sys.orig_argv and _of_main_thread():     # spawned itself
+        _follow(os.getppid(), prctl)
+    seen = threading.local()
 
     def before() -> None:
         # the kernel means the thread that forked: a child of a passing one would end with it
-        seen[:] = os.getpid(), threading.current_thread() is threading.main_thread()
+        seen.parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
 
-    os.register_at_fork(before=before, after_in_child=lambda: _follow(seen[0]) if seen[1] else None)
+    os.register_at_fork(before=before, after_in_child=lambda: _follow(seen.parent, prctl) if seen.parent else None)
 
 
-def _follow(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def _of_main_thread() -> bool:
+    """Whether this process's parent started it from its main thread."""
+    parent = os.getppid()
+    try:
+        return str(os.getpid()) in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:                                   # it has ended already, which `_follow` sees; or the kernel does not tell, and vLLM's are
+        return True
+
+
+def _follow(parent: int, prctl: Callable[..., int]) -> None:
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:      # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)

@@ -78,6 +78,7 @@ def test_those_of_others_do_not(start):
     assert lives(child, 1)
 
 
-def test_a_child_does_not_end_with_the_thread_that_forked_it(start):
-    _, child = start("fork", "passing", **{SERVED: "1"})
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_does_not_end_with_the_thread_that_started_it(start, method):
+    _, child = start(method, "passing", **{SERVED: "1"})
     assert lives(child, 1)

@@ -16,6 +16,7 @@ from sophiavl_fast.monitor.loggers import refuse_missing_loggers
 from sophiavl_fast.rewards.thinking import open_judge
 from sophiavl_fast.rollout import identity, refuse_missing_engine
 from sophiavl_fast.rollout.arguments import max_model_len
+from sophiavl_fast.rollout.machine import refuse_foreign
 from sophiavl_fast.rollout.server import CLOSE_S, pick_port
 from sophiavl_fast.types import MAX_IMAGES
 
@@ -39,9 +40,15 @@ def refuse_absent(config: Config) -> None:
 
 
 def refuse_other_models(config: Config) -> None:
-    """UserError for a server of rollout.urls that answers and holds another model. Each lead asks its own servers: an address may be another one elsewhere."""
+    """UserError for a server of rollout.urls that answers and holds another model, or that no weights could reach.
+
+    Each lead asks its own servers: an address may be another one elsewhere.
+    """
     if config.rollout.engine == "server" and not config.debug.replay:
-        identity.refuse_others(config, own_urls(config))
+        urls = own_urls(config)
+        if urls and config.rollout.transfer_host:
+            refuse_foreign(config.rollout.transfer_host)
+        identity.refuse_others(config, urls)
 
 
 def own_urls(config: Config) -> list[str]:

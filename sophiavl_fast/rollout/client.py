@@ -6,12 +6,10 @@ import base64
 import io
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import torch
@@ -21,6 +19,7 @@ from sophiavl_fast.errors import EngineError, EngineLost, UserError
 from sophiavl_fast.rollout import identity
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.engine import Collected, Decode, OnGroup, OnProgress, Sample, Sampling, check_fits, check_prompt_ids
+from sophiavl_fast.rollout.machine import own_address
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 from sophiavl_fast.rollout.pool import Picked, Pool
 from sophiavl_fast.rollout.server import Server, authorization
@@ -212,17 +211,6 @@ def open_channel(backend: str, control: HttpControl, rollout: Rollout, gpu: int 
     from sophiavl_fast.rollout.transfer.gloo import GlooChannel
 
     return GlooChannel(control, host, timeout_s)
-
-
-def own_address(url: str) -> str:
-    """The address of this machine on the way to the server. By IPv4: vLLM's nccl rendezvous knows no other. Raises UserError where the server has none."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((parts.hostname, parts.port or 80))   # sends nothing
-        except socket.gaierror:
-            raise UserError(f"rollout.urls: '{url}' has no IPv4 address for weights to travel by; set rollout.transfer_host to this machine's") from None
-        return probe.getsockname()[0]
 
 
 def data_url(image: Any) -> str:

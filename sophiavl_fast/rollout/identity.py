@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 from typing import Any
 
 from sophiavl_fast import model_folder
 from sophiavl_fast.config import Config
 from sophiavl_fast.errors import EngineError, EngineLost, UserError
 from sophiavl_fast.rollout.arguments import max_model_len, pixel_limits
+from sophiavl_fast.rollout.machine import own_address, this_machine
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE
 from sophiavl_fast.rollout.transfer.http import HttpControl
 
@@ -32,6 +34,7 @@ def refuse_other(config: Config, control: HttpControl) -> None:
     Fields are compared where both name them: another machine's transformers may know others.
     """
     there, path = _told(control), config.model.path
+    _refuse_tunnel(config, control.url, there.get("machine", {}))
     own, fields = model_folder.described(model_folder.open_config(path)), there["fields"]
     for key in sorted(own.keys() & fields.keys(), key=lambda key: (key != "model_type", key)):
         if own[key] != fields[key]:
@@ -48,6 +51,16 @@ def refuse_other(config: Config, control: HttpControl) -> None:
         theirs, ours = ("null" if v is None else v for v in (there["pixels"].get(name), here.get(name)))
         raise UserError(f"rollout.urls: '{control.url}' serves with model.{name} = {theirs}, this run has {ours}; set model.{name}={theirs}, or start the "
                         "server anew with the run's settings")
+
+
+def _refuse_tunnel(config: Config, url: str, machine: dict[str, str]) -> None:
+    """UserError for a tunnel's end without the way back: the engine would look for the weights on its own machine, until the transfer's deadline."""
+    here = this_machine()
+    if config.rollout.transfer_host or not all(m.get("loopback", "").strip() for m in (machine, here)) or machine["loopback"] == here["loopback"]:
+        return
+    if ip_address(own_address(url)).is_loopback:
+        raise UserError(f"rollout.urls: '{url}' is a tunnel to the engine's machine ({machine['name']}), and weights go from there to here directly; set "
+                        f"rollout.transfer_host to the address at which {machine['name']} reaches this machine")
 
 
 def _told(control: HttpControl) -> dict[str, Any]:

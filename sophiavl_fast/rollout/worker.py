@@ -15,6 +15,7 @@ from sophiavl_fast import model_folder
 from sophiavl_fast.rollout import rewind
 from sophiavl_fast.rollout.arguments import PIXEL_LIMITS
 from sophiavl_fast.rollout.bans import set_banned
+from sophiavl_fast.rollout.machine import this_machine
 from sophiavl_fast.rollout.transfer.checksum import checksum
 from sophiavl_fast.rollout.transfer.receivers import register
 from sophiavl_fast.rollout.transfer.source import checkpoint_names
@@ -40,7 +41,8 @@ class EngineExtension:
         """What the engine was started from, for a run to compare with its own model before it claims it (rollout.identity)."""
         held = self.model_config
         processing = (held.multimodal_config and held.multimodal_config.mm_processor_kwargs) or {}
-        return {"path": held.model, "dtype": str(held.dtype).removeprefix("torch."), "fields": model_folder.described(model_folder.open_config(held.model)),
+        return {"machine": this_machine(), "path": held.model, "dtype": str(held.dtype).removeprefix("torch."),
+                "fields": model_folder.described(model_folder.open_config(held.model)),
                 "longest": held.max_model_len, "pixels": {key: processing[key] for key in PIXEL_LIMITS if processing.get(key) is not None}}
 
     def sophia_unknown(self, names: list[str]) -> list[str]:

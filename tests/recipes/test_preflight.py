@@ -177,6 +177,15 @@ def test_a_server_of_another_model_is_refused_before_weights_are_loaded(start, s
         start(*found, "rollout.max_model_len=409")
     with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' serves with model.max_pixels = null, this run has 9999; set model.max_pixels=null"):
         start(*found, "model.max_pixels=9999")
+    with monkeypatch.context() as elsewhere:                      # the same answer, from a machine with a loopback of its own
+        elsewhere.setattr(identity, "this_machine", lambda: {"name": "here", "loopback": "another boot"})
+        with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' is a tunnel to the engine's machine \({socket.gethostname()}\), .* set "
+                           rf"rollout.transfer_host to the address at which {socket.gethostname()} reaches this machine$"):
+            start(*found)
+        with pytest.raises(Loaded):
+            start(*found, "rollout.transfer_host=127.0.0.2")
+    with pytest.raises(UserError, match=r"^rollout.transfer_host = '192.0.2.7' is no IPv4 address of this machine .*; `hostname -I` lists them$"):
+        start(*found, "rollout.transfer_host=192.0.2.7")
     monkeypatch.setattr(identity, "METHOD", "sophia_unheard_of")   # what a server that was started by an older version answers
     with pytest.raises(UserError, match=rf"^rollout.urls: '{served.url}' does not tell which model it serves.*; start it anew"):
         start(*found)

@@ -7,7 +7,7 @@ import uvicorn
 from sophiavl_fast.config import build
 from sophiavl_fast.errors import EngineLost, UserError
 from sophiavl_fast.rollout import identity
-from sophiavl_fast.rollout.client import own_address
+from sophiavl_fast.rollout.machine import own_address
 from sophiavl_fast.rollout.middleware import TOKEN_VARIABLE, TokenMiddleware
 from sophiavl_fast.rollout.pool import Pool
 from sophiavl_fast.rollout.server import pick_port

@@ -19,7 +19,7 @@ class GlooChannel:
         world_size = 1 + control.workers()
         store = open_store(host, 0, world_size, timeout_s, master=True)
         info = {"host": host, "port": store.port, "world_size": world_size, "rank_offset": 1, "timeout_s": timeout_s}
-        self._group: Group | None = together(lambda: Group(store, 0, world_size, timeout_s), lambda: control.init_transfer(info), control,
+        self._group: Group | None = together(lambda: Group(store, 0, world_size, timeout_s, host), lambda: control.init_transfer(info), control,
                                phase="weight transfer (set-up)", timeout_s=timeout_s)
 
     def convert(self, bucket: Bucket) -> Bucket:

@@ -8,11 +8,17 @@ from torch import Tensor
 
 
 class Group:
-    """Rank 0 is the trainer; `store` is where the members meet. Every operation ends by `timeout_s`."""
+    """Rank 0 is the trainer; `store` is where the members meet. Every operation ends by `timeout_s`.
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+    address: of this machine, as the others reach it. Left alone gloo takes the one that its name stands for, which on many machines is a loopback.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float, address: str) -> None:
         self._store = store
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, timedelta(seconds=timeout_s))
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        options._timeout = timedelta(seconds=timeout_s)
+        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
     def broadcast(self, tensor: Tensor) -> None:
         """From rank 0 to all, in place; blocks. Raises RuntimeError when a member is gone or the time is out."""

@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from sophiavl_fast.rollout.machine import address_towards
 from sophiavl_fast.rollout.transfer.process_group import Group, open_store
 
 
@@ -73,7 +74,7 @@ class GlooReceiver(_Reload):
         config: Any = self.parallel_config
         rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
         store = open_store(init_info.host, init_info.port, init_info.world_size, init_info.timeout_s, master=False)
-        self.group = Group(store, rank, init_info.world_size, init_info.timeout_s)
+        self.group = Group(store, rank, init_info.world_size, init_info.timeout_s, address_towards(init_info.host, init_info.port))
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
         group = self.group

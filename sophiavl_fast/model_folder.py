@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from sophiavl_fast.errors import UserError, nearest
 
 AGAIN = "download the whole Hugging Face folder again (git-lfs leaves pointers in place of large files: `git lfs pull`)"
 FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors spells them
+# What other tools leave among the weights, and what to do about it.
+STRANGERS = {".lora_": "merge the adapter into its model first", "_scale": "drop what a quantisation left, or dequantise the weights first",
+             **dict.fromkeys(("v_head.", "value_head.", "score."), "drop another tool's value head")}
 # Fields that say how a model is stored, sampled or begun, not what it computes here (rope kinds other than the default are refused), or are compared elsewhere.
 UNFELT = frozenset((
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "name_or_path", "use_cache", "initializer_range",
@@ -162,7 +166,7 @@ def refuse_other_tensors(path: str | Path, option: str = "model.path") -> None:
         return
     unused, missing = map(sorted, _unexpected_and_missing(model, names))
     if unused:
-        hint = "merge the adapter into its model first" if ".lora_" in unused[0] else "weights and config.json are of different models"
+        hint = next((hint for sign, hint in STRANGERS.items() if sign in unused[0]), "weights and config.json are of different models")
         raise UserError(f"{option} = '{folder}': tensor '{unused[0]}' has no place in the model of config.json ({len(unused)} such); {hint}")
     if missing:
         raise UserError(f"{option} = '{folder}': tensor '{missing[0]}' of the model of config.json is in no weight file ({len(missing)} such); {AGAIN}")
@@ -183,21 +187,19 @@ def _unexpected_and_missing(model: Any, names: Iterable[str]) -> tuple[set[str],
     it computes anew, of which it excepts the language model's alone; and the model's tensors that none of them fills, nor a tensor that they are tied to."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    from transformers.modeling_utils import LoadStateDictInfo
 
     mapping, unexpected, filled = get_model_conversion_mapping(model), {}, set()
     renamings, converters = [m for m in mapping if isinstance(m, WeightRenaming)], [m for m in mapping if isinstance(m, WeightConverter)]
     wanted = model.state_dict()
     places = wanted | dict(model.named_buffers())
-    for name in names:
+    for name in sorted(names):         # as transformers goes through them
         found = [p for p in (rename_source_key(name, *how, model.base_model_prefix, places)[0] for how in ((renamings, converters), ([], []))) if p in places]
         filled.update(found[:1])
         if not found:
             unexpected[name] = rename_source_key(name, renamings, converters, model.base_model_prefix, places)[0]
     copies = model.all_tied_weights_keys
     filled |= {source for copy, source in copies.items() if copy in filled} | copies.keys()
-    info = LoadStateDictInfo(missing_keys=set(wanted) - filled, unexpected_keys=set(unexpected.values()), mismatched_keys=set(), conversion_errors={},
-                             error_msgs=[], skipped_pp_keys=set())
+    info: Any = SimpleNamespace(missing_keys=set(wanted) - filled, unexpected_keys=set(unexpected.values()))   # all of LoadStateDictInfo that it looks at
     model._adjust_missing_and_unexpected_keys(info)
     return {name for name, place in unexpected.items() if place in info.unexpected_keys}, info.missing_keys
 

@@ -140,7 +140,7 @@ class Progress:
 
     def _line(self, step: int, metrics: dict[str, Any]) -> str:
         parts = [f"step {step}/{self._total}"]
-        known = {key: value for key, value in metrics.items() if value is not None and value == value}   # NaN: nothing to show
+        known = _known(metrics)
         parts += [f"{label} {compact(metrics[key])}" for key, label in SHOWN if key in known]
         parts += [f"{label} {compact(metrics[key])} tokens/s" for key, label in RATES if key in known]
         if self._last_seconds:
@@ -165,13 +165,18 @@ class Progress:
         return grid
 
     def _numbers(self) -> RenderableType:
-        text = Text("  ")
+        text, known = Text("  "), _known(self._latest)
         for key, label in (*SHOWN, *((k, f"{n} tokens/s") for k, n in RATES)):
-            if key in self._latest:
-                text.append(f"{label} ", "dim").append(f"{compact(self._latest[key])}  ", "bold" if key.startswith("eval/") else "")
+            if key in known:
+                text.append(f"{label} ", "dim").append(f"{compact(known[key])}  ", "bold" if key.startswith("eval/") else "")
             if key == "reward/total" and len(self._rewards) > 1:
                 text.append(f"{sparkline(self._rewards)}  ", "cyan")
         return text
+
+
+def _known(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without None and NaN, which there is nothing to show of."""
+    return {key: value for key, value in metrics.items() if value is not None and value == value}
 
 
 def _breakdown(seconds: dict[str, float]) -> str:

@@ -1,7 +1,10 @@
 """An engine that another thread has given up meanwhile is a lost one, not an accident."""
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
+import torch
 import uvicorn
 
 from sophiavl_fast.config import build
@@ -14,6 +17,7 @@ from sophiavl_fast.rollout.server import pick_port
 from sophiavl_fast.rollout.transfer import Lane, Transfer
 from sophiavl_fast.rollout.transfer.gloo import GlooChannel
 from sophiavl_fast.rollout.transfer.http import HttpControl
+from sophiavl_fast.rollout.transfer.process_group import Group, open_store
 
 
 def test_a_closed_connection_is_a_lost_engine():
@@ -90,3 +94,15 @@ def test_a_server_without_an_ipv4_address_is_one_line():
     assert own_address("http://127.0.0.1:8000") == "127.0.0.1"
     with pytest.raises(UserError, match=r"^rollout.urls: 'http://\[::1\]:8000' has no IPv4 address .*; set rollout.transfer_host to this machine's$"):
         own_address("http://[::1]:8000")
+
+
+def test_gloo_travels_by_the_address_that_was_named():
+    """And not by the one that the machine's name stands for: another machine could not reach a loopback."""
+    port = pick_port(0)
+    stores = [open_store("127.0.0.1", port, 2, 30.0, master=master) for master in (True, False)]
+    with ThreadPoolExecutor(2) as pool:
+        groups = list(pool.map(lambda rank: Group(stores[rank], rank, 2, 30.0, "127.0.0.2"), range(2)))
+        sent = [torch.arange(4.0), torch.zeros(4)]
+        list(pool.map(lambda rank: groups[rank].broadcast(sent[rank]), range(2)))
+    assert torch.equal(*sent)
+    assert "127.0.0.2" in {c.raddr.ip for c in psutil.Process().net_connections("tcp4") if c.status == psutil.CONN_ESTABLISHED}

@@ -1,11 +1,26 @@
 # What the launchers share; sourced, with `here` set to the checkout's folder.
 # shellcheck shell=bash disable=SC2034
-python=${PYTHON:-$here/.venv/bin/python}
-[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
 dry=""
 rest=()
 
 fail() { echo "$(basename "$0"): $*" >&2; exit 2; }
+
+count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true; }
+
+# PYTHON, or that of the environment that is active where it holds the package, else of the checkout's: .venv-cuda beside a GPU, .venv
+choose_python() {
+    [ -z "${PYTHON:-}" ] || { echo "$PYTHON"; return; }
+    local tried=("$here/.venv/bin/python")
+    [ "$(count_gpus)" -eq 0 ] || tried=("$here/.venv-cuda/bin/python" "${tried[@]}")
+    for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} "${tried[@]}"; do
+        if [ -x "$python" ] && "$python" -P -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("sophiavl_fast"))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    echo python
+}
+python=$(choose_python)
 
 # options USAGE ARGUMENTS...: takes --dry-run and --help out; what is left is in `rest`
 options() {
@@ -41,8 +56,6 @@ port() {
     [ -z "${!1:-}" ] || [[ ${!1} =~ ^[1-9][0-9]{0,4}$ && ${!1} -le 65535 ]] || fail "$1 = '${!1}': expected a port from 1 to 65535"
 }
 
-count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true; }
-
 # read_config PROCESSES CONFIG [a.b=value ...]: refuses what so many processes of the trainer would refuse; prints rollout.tensor_parallel
 read_config() {
     "$python" - "$(basename "$0")" "$@" <<'END'
@@ -62,7 +75,7 @@ END
 # host names of a Slurm list; without Slurm (a dry run) a plain comma-separated one
 node_names() { if command -v scontrol >/dev/null; then scontrol show hostnames "$1"; else tr , '\n' <<<"$1"; fi; }
 
-# read_nodes: the job's host names into `nodes`; srun's share of their cores into `cores`, since srun (Slurm 22.05 on) inherits no --cpus-per-task
+# read_nodes: the job's host names into `nodes`; the cores that each of them has into `cores`, since srun (Slurm 22.05 on) inherits no --cpus-per-task
 read_nodes() {
     local list=$SLURM_JOB_NODELIST names said
     if ! names=$(node_names "$list" 2>/dev/null) || [ -z "$names" ]; then
@@ -70,7 +83,12 @@ read_nodes() {
         fail "scontrol does not tell the nodes of SLURM_JOB_NODELIST = '$list'; it said: ${said:-nothing}"
     fi
     mapfile -t nodes <<<"$names"
-    cores=(${SLURM_CPUS_ON_NODE:+--cpus-per-task "$SLURM_CPUS_ON_NODE"})
+    local told=${SLURM_JOB_CPUS_PER_NODE:-} least="" part     # as in 96(x2),64
+    for part in ${told//,/ }; do
+        part=${part%%(*}
+        if [ -z "$least" ] || [ "$part" -lt "$least" ]; then least=$part; fi
+    done
+    cores=(${least:+--cpus-per-task "$least"})
 }
 
 say() { printf '%q ' "$@"; echo; }

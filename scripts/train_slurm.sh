@@ -3,12 +3,13 @@
 #SBATCH --job-name=sophiavl-fast
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 usage="usage: sbatch --nodes 2 --gpus-per-node 8 scripts/train_slurm.sh [--dry-run] CONFIG [a.b=value ...]
   GPUS  processes a node (default 8)    PORT  free on the first node (default 29500)    PYTHON  interpreter
-Submit it from the checkout's folder; run.dir must lie on a filesystem that all nodes share. The job takes whole nodes
-(--exclusive), and srun all of their cores (--cpus-per-task from SLURM_CPUS_ON_NODE). --dry-run outside a job needs SLURM_JOB_NODELIST."
+Submit it from the checkout's folder; run.dir must lie on a filesystem that all nodes share. The job takes whole nodes with all
+their memory (--exclusive, --mem=0), and srun as many cores of each as the smallest has. --dry-run outside a job needs SLURM_JOB_NODELIST."
 here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 # shellcheck source=scripts/common.sh
 source "$here/scripts/common.sh"

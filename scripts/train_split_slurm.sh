@@ -4,14 +4,16 @@
 #SBATCH --job-name=sophiavl-fast
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 usage="usage: sbatch --nodes 4 --gpus-per-node 8 scripts/train_split_slurm.sh [--dry-run] CONFIG [a.b=value ...]
   ROLLOUT_NODES  nodes that hold engines (default 1)   ENGINES  engines a rollout node (default: GPUS / ENGINE_GPUS)
   ENGINE_GPUS    GPUs an engine (default: rollout.tensor_parallel)   GPUS     GPUs a node (default 8)
   PORT           first of ENGINES x ROLLOUT_NODES + 1 free ports (default 29500)   PYTHON  interpreter
-The nodes must let each other in by ssh without a password; run.dir must lie on a filesystem that all share. The job takes whole
-nodes (--exclusive), and each srun all of their cores (--cpus-per-task from SLURM_CPUS_ON_NODE)."
+The nodes must let each other in by ssh without a password and have each other's host keys in known_hosts; run.dir must lie on a
+filesystem that all share. The job takes whole nodes with all their memory (--exclusive, --mem=0), and each srun as many cores of a
+node as the smallest has. --dry-run outside a job needs SLURM_JOB_NODELIST."
 here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}
 # shellcheck source=scripts/common.sh
 source "$here/scripts/common.sh"

@@ -3,7 +3,7 @@
 set -euo pipefail
 usage="usage: scripts/verify_node.sh MODEL_FOLDER [--gpus 8] [--steps 4] [--out verify_node.json]
        scripts/verify_node.sh --dry-run [...]      two processes over gloo on a tiny model, no GPU
-  PYTHON  interpreter (default: .venv/bin/python beside this folder, else python)
+  PYTHON  interpreter (default: the active environment's, else of .venv-cuda (beside a GPU) or .venv of this checkout)
 Exit code 0: every figure is within its limit; 1: the JSON and the last line say which is not; 2: bad arguments."
 here=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=scripts/common.sh

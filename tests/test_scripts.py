@@ -40,6 +40,33 @@ def test_one_node():
                        "parallel.tensor=2", "run.dir=with a space"]
 
 
+def test_whose_python(tmp_path):
+    """PYTHON, the active environment's where it holds the package, the checkout's for a GPU where there is one, the checkout's, any."""
+    def environment(name: str, holds: bool) -> Path:
+        (bin_ := tmp_path / name / "bin").mkdir(parents=True)
+        (bin_ / "python").write_text(f"#!/bin/sh\nexit {int(not holds)}\n")
+        (bin_ / "python").chmod(0o755)
+        return tmp_path / name
+
+    def chosen(**extra: str) -> str:
+        command = f"here={tmp_path}; source {ROOT}/scripts/common.sh; echo $python"
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VIRTUAL_ENV")}
+        return subprocess.run(["bash", "-euc", command], capture_output=True, text=True, check=True, env=kept | extra).stdout.strip()
+
+    gpu = environment("gpu", True)
+    (gpu / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: one'\n")
+    (gpu / "bin" / "nvidia-smi").chmod(0o755)
+    path = {"PATH": f"{gpu}/bin:{os.environ['PATH']}"}
+    mine, others = environment("mine", True), environment("others", False)
+    assert chosen() == "python"
+    environment(".venv", True), environment(".venv-cuda", True)
+    assert chosen() == f"{tmp_path}/.venv/bin/python"
+    assert chosen(**path) == f"{tmp_path}/.venv-cuda/bin/python"
+    assert chosen(**path, VIRTUAL_ENV=str(mine)) == f"{mine}/bin/python"
+    assert chosen(VIRTUAL_ENV=str(others)) == f"{tmp_path}/.venv/bin/python"
+    assert chosen(**path, VIRTUAL_ENV=str(mine), PYTHON="/usr/bin/python3") == "/usr/bin/python3"
+
+
 def test_several_nodes():
     [command] = commands("train_nodes.sh", *SPLIT, "rollout.prompts_per_step=24", NODES="3", NODE_RANK="1", HEAD="first", GPUS="8")
     assert " --nnodes 3 --node-rank 1 --nproc-per-node 8 --master-addr first --master-port 29500 " in " ".join(command)
@@ -55,9 +82,10 @@ def test_slurm():
 @pytest.mark.parametrize("name", ["train_slurm.sh", "train_split_slurm.sh"])
 def test_ranks_get_all_cores_of_their_nodes(name):
     """One task a node has one core by default, and srun takes none of what sbatch was asked for."""
-    assert "\n#SBATCH --exclusive\n" in (ROOT / "scripts" / name).read_text()
-    for command in commands(name, *SPLIT, **JOB, SLURM_CPUS_ON_NODE="96"):
-        assert command[0] == "srun" and command[command.index("--cpus-per-task") + 1] == "96"
+    assert "\n#SBATCH --exclusive\n#SBATCH --mem=0\n" in (ROOT / "scripts" / name).read_text()
+    for told, least in (("96(x2)", "96"), ("128(x2),96", "96"), ("64,128(x3)", "64")):
+        for command in commands(name, *SPLIT, **JOB, SLURM_JOB_CPUS_PER_NODE=told):
+            assert command[0] == "srun" and command[command.index("--cpus-per-task") + 1] == least
     assert not any("--cpus-per-task" in command for command in commands(name, *SPLIT, **JOB))
 
 

@@ -45,23 +45,25 @@ class Policy:
     """Every method but the properties is collective: all ranks of a replica (update, sum_over_replicas, weights, export: all ranks) call it."""
 
     def __init__(self, config: Config, layout: Layout, family: Family, model: VisionLanguageModel, heads: mapping.Heads,
-                 *, banned_ids: Sequence[int], temperature: float, reference: bool, total_steps: int) -> None:
+                 *, banned_ids: Sequence[int], temperature: float, reference: bool, total_steps: int, trained: bool) -> None:
         self.config, self.layout, self.family, self.model, self.heads = config, layout, family, model, heads
         self.updates = 0
         self.banned_ids, self.temperature, self._total = sorted(i for i in set(banned_ids) if i < heads.vocab), temperature, total_steps
         self._ban_bias = _ban_bias(self.banned_ids, heads, layout) if layout.last_stage else None
         self._hf: HuggingFace | None = None
         self._reference = self._copy_weights() if reference else None
-        self._wrapped = optimizer.wrap(model)
-        self.optimizer = optimizer.build_optimizer(config, self._wrapped)
-        self._offload = Offload(self.optimizer, self._wrapped, layout.device) if config.policy.offload_optimizer else None
+        self._wrapped: Any = optimizer.wrap(model) if trained else None
+        self.optimizer: Any = optimizer.build_optimizer(config, self._wrapped) if trained else None
+        self._offload = Offload(self.optimizer, self._wrapped, layout.device) if trained and config.policy.offload_optimizer else None
 
     @classmethod
-    def create(cls, config: Config, *, banned_ids: Sequence[int] = (), temperature: float = 1.0, reference: bool, total_steps: int) -> Policy:
+    def create(cls, config: Config, *, banned_ids: Sequence[int] = (), temperature: float = 1.0, reference: bool, total_steps: int,
+               trained: bool = True) -> Policy:
         """Join the process groups and load `config.model.path`.
 
         banned_ids never carry probability; temperature divides the logits: both as the sampler does it. reference keeps
-        a frozen copy of the loaded weights; total_steps is the number of optimizer updates that the schedule spans.
+        a frozen copy of the loaded weights; total_steps is the number of optimizer updates that the schedule spans. trained=False: there are none,
+        so neither gradients nor an optimizer take memory.
         Raises UserError for a folder, a device or a layout that cannot work.
         """
         family = open_family(config.model.path)
@@ -72,7 +74,8 @@ class Policy:
                 model, heads = build_model(config, family, layout)
                 if layout.device.type == "cpu" and cpu_linear.available():
                     cpu_linear.use_onednn(model)
-                return cls(config, layout, family, model, heads, banned_ids=banned_ids, temperature=temperature, reference=reference, total_steps=total_steps)
+                return cls(config, layout, family, model, heads, banned_ids=banned_ids, temperature=temperature, reference=reference,
+                           total_steps=total_steps, trained=trained)
         except BaseException:
             layout.close()
             raise
@@ -137,6 +140,8 @@ class Policy:
 
         if not batches:
             raise EngineError(f"update {self.updates}: replica {self.replica} was given no batch")
+        if self.optimizer is None:
+            raise EngineError("an update was asked for, but Policy.create was told trained=False")
         self.wake()
         with without_cuda(self.device):
             self._wrapped.zero_grad_buffer()
@@ -159,6 +164,8 @@ class Policy:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(published name, full fp32 gradient) that the last update stepped on, after clipping; trained parameters only. None are left after `rest`."""
+        if self.optimizer is None:
+            raise EngineError("gradients were asked for, but Policy.create was told trained=False")
         if self._offload and self._offload.resting:
             raise EngineError("the gradients were given back: policy.offload_optimizer frees them between updates")
 
@@ -208,7 +215,7 @@ class Policy:
             return model(batch, plan), lambda hidden, non_loss_data=False: last(batch, hidden, plan)
 
         return get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=None, model=self._wrapped, num_microbatches=len(batches),
+            forward_step_func=forward, data_iterator=None, model=self._wrapped or self.model, num_microbatches=len(batches),
             seq_length=max(len(b.tokens) for b in batches), micro_batch_size=1, forward_only=forward_only, collect_non_loss_data=forward_only,
         )
 

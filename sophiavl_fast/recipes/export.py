@@ -14,7 +14,8 @@ from sophiavl_fast.recipes import setup
 def export(folder: Path, out: Path) -> int:
     """Rebuild the policy that the checkpoint describes, load it and write `out`; returns the exit code.
 
-    On whatever device there is: the run's may be of another machine. Raises UserError: `out` is taken or cannot be made, no usable checkpoint or model.
+    In host memory, once the model's weights: the run's GPUs may be of another machine. Raises UserError: `out` is taken or cannot be made, no usable
+    checkpoint or model.
     """
     out = out.absolute()  # "." has no name
     config_checks.refuse_no_place(out)
@@ -22,10 +23,10 @@ def export(folder: Path, out: Path) -> int:
         raise UserError(f"'{out}' exists and is not an empty folder")
     state = setup.read_state(folder)
     config = tree.build(state["config"], str(folder))
-    config.parallel, config.device, config.policy = tree.Parallel(), "auto", tree.PolicyConf()
+    config.parallel, config.device, config.policy = tree.Parallel(), "cpu", tree.PolicyConf()
     model_folder.refuse_unreadable(config.model.path)
     checkpoint.refuse_unusable(folder, config)
-    policy = Policy.create(config, reference=False, total_steps=1)
+    policy = Policy.create(config, reference=False, total_steps=1, trained=False)
     try:
         checkpoint.load(policy, folder, optimizer=False)
         policy.export(out)

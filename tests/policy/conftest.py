@@ -30,11 +30,11 @@ def create():
     """Policies one after the other: megatron's parallel state is one a process, so opening one closes the last."""
     opened = []
 
-    def open_policy(folder, *, banned_ids=(), temperature=1.0, reference=False, total_steps=10, **sections):
+    def open_policy(folder, *, banned_ids=(), temperature=1.0, reference=False, total_steps=10, trained=True, **sections):
         while opened:
             opened.pop().close()
         policy = Policy.create(tiny.config(folder, **sections), banned_ids=banned_ids, temperature=temperature, reference=reference,
-                               total_steps=total_steps)
+                               total_steps=total_steps, trained=trained)
         opened.append(policy)
         return policy
 

@@ -120,6 +120,19 @@ def test_update_reports_and_uses_the_scheduled_rate(folder, create):
     assert same(before, snapshot(policy))
 
 
+def test_a_policy_that_is_not_trained_holds_weights_alone(folder, create):
+    """An export's: the same weights and log-probs, no gradient, no optimizer."""
+    policy = create(folder)
+    batches = policy.pack(tiny.groups(), None)
+    expected, weights = policy.logprobs(batches), snapshot(policy)
+    bare = create(folder, trained=False)
+    assert all(torch.equal(a, b) for a, b in zip(bare.logprobs(batches), expected, strict=True)) and same(weights, snapshot(bare))
+    assert not any(hasattr(p, "main_grad") or p.grad is not None for p in bare.model.parameters())
+    for ask in (lambda: bare.update(batches, lambda *_: None), lambda: next(bare.gradients())):
+        with pytest.raises(EngineError, match=r"Policy.create was told trained=False$"):
+            ask()
+
+
 def test_reference_stays_where_it_was(folder, create):
     policy = create(folder, reference=True)
     batches = policy.pack(tiny.groups(), None)

@@ -23,7 +23,7 @@ def kind(annotation: Any) -> str:
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
     if getattr(get_origin(annotation), "__name__", "") in ("list", "dict"):
-        return str(annotation)
+        return str(annotation).replace("|", "or")
     return (" \\| " if "Literal" in str(get_origin(annotation)) else " or ").join(kind(a) if not isinstance(a, str) else a for a in get_args(annotation))
 
 

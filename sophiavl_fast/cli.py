@@ -111,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--templates", default="sophia")
     check.add_argument("--min-pixels", type=take.positive, default=None, help="smallest image area, the run's model.min_pixels; needs --model")
     check.add_argument("--max-pixels", type=take.positive, default=None, help="largest image area, the run's model.max_pixels; needs --model")
+    check.add_argument("--max-prompt-tokens", type=take.positive, default=None, help="the run's data.max_prompt_tokens; needs --model")
+    check.add_argument("--max-new-tokens", type=take.positive, default=None, help="the run's rollout.max_new_tokens; needs --model")
     return top
 
 
@@ -164,7 +166,14 @@ def _report(a) -> int:
 def _doctor(a) -> int:
     from sophiavl_fast.monitor.doctor import doctor
 
-    return doctor(config.load(a.config, a.overrides, world_size=None) if a.config else None)
+    if not a.config:
+        return doctor(None)
+    tree = config.load(a.config, a.overrides, world_size=None)
+    try:
+        from sophiavl_fast.recipes.preflight import judge_rows
+    except ImportError:                 # of torch and the like: a row of the machine
+        return doctor(tree)
+    return doctor(tree, also=judge_rows)
 
 
 def _data_check(a) -> int:
@@ -172,4 +181,4 @@ def _data_check(a) -> int:
     from sophiavl_fast.evaluate.records import refuse_unusable
 
     return command(a.name, registry=a.registry, model=a.model, templates=a.templates, min_pixels=a.min_pixels, max_pixels=a.max_pixels,
-                   check=refuse_unusable)
+                   max_prompt_tokens=a.max_prompt_tokens, max_new_tokens=a.max_new_tokens, check=refuse_unusable)

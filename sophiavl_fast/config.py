@@ -97,7 +97,8 @@ class Rollout(Node):
     staleness: int = 0
     """Steps that rollouts may run ahead of the policy: 0 samples every step with that step's weights."""
     max_logprob_diff: float | None = None
-    """Stop when |trainer - engine| log-prob of a sampled token exceeds this; null: report only."""
+    """Stop when trainer and engine differ by more than this in the log-prob of a sampled token; null: report only. With rollout.staleness > 0: of a token
+    of the probe that follows each transfer (rollout/probe_diff_max)."""
     transfer: Literal["auto", "inproc", "gloo", "nccl", "ipc"] = "auto"
     """Weight transfer backend; auto chooses by topology."""
     transfer_host: str = ""
@@ -184,7 +185,8 @@ class Thinking(Node):
     template: str = "thinking_reward"
     """Judge prompt: a packaged name or a YAML file."""
     on_error: Literal["fail", "drop"] = "drop"
-    """fail: an unreachable endpoint stops the run; drop: its scores are NaN, counted in reward/unscored."""
+    """fail: an unreachable endpoint stops the run, or refuses its start; drop: it is told of at the start, and its scores are NaN, counted in
+    reward/unscored."""
     quorum: float = 1.0
     """Share of a group that must be scored for its thinking term to count."""
     score: Literal["expected", "parse"] = "expected"

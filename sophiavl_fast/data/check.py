@@ -129,14 +129,14 @@ def _lines(name: str) -> Callable[[int, int], None]:
     return report
 
 
-def print_summary(summary: Summary, console: Console | None = None) -> None:
+def print_summary(summary: Summary, console: Console | None = None, *, counted: bool = True) -> None:
     """Counts, types, token lengths, image sizes, and every bad record with its file and line."""
     console = console or Console()
     table = Table(title=summary.name, show_header=False)
     table.add_row("records", f"{summary.records} ({summary.checked} checked in {summary.seconds:.1f} s, {len(summary.bad)} bad)")
     table.add_row("types", ", ".join(f"{kind} {n}" for kind, n in summary.types.most_common()) or "-")
     table.add_row("images a record", ", ".join(f"{n}: {records}" for n, records in sorted(summary.images.items())) or "-")
-    table.add_row("prompt tokens", _percentiles(summary.tokens) if summary.tokens else "not counted: name a model folder with --model")
+    table.add_row("prompt tokens", _percentiles(summary.tokens) if summary.tokens else "-" if counted else "not counted: name a model folder with --model")
     if summary.sizes:
         height, width = zip(*summary.sizes, strict=True)
         table.add_row("image height", _percentiles(height))
@@ -153,27 +153,29 @@ def _percentiles(values: Sequence[float], form: str = ".0f") -> str:
 
 
 def command(name: str, *, registry: str | Path = "", model: str = "", templates: str = "sophia", min_pixels: int | None = None,
-            max_pixels: int | None = None, check: Callable[[Example], None] | None = None) -> int:
-    """`data check NAME`: print the summary; the exit code is 2 where a record is bad, or more than an RL run with the default lengths takes.
+            max_pixels: int | None = None, max_prompt_tokens: int | None = None, max_new_tokens: int | None = None,
+            check: Callable[[Example], None] | None = None) -> int:
+    """`data check NAME`: print the summary; the exit code is 2 where a record is bad, or more than an RL run with these lengths takes.
 
     check: what a run asks of each record beside, raises UserError.
-    Raises UserError: no such dataset or model, pixel limits without a model or the wrong way round.
+    Raises UserError: no such dataset or model, limits without a model or the wrong way round.
     """
-    if not model and (min_pixels, max_pixels) != (None, None):
-        raise UserError("--min-pixels and --max-pixels change how many tokens an image takes, which is counted with --model only: name the model's folder")
+    if not model and any(n is not None for n in (min_pixels, max_pixels, max_prompt_tokens, max_new_tokens)):
+        raise UserError("--min-pixels, --max-pixels, --max-prompt-tokens and --max-new-tokens are about tokens, which are counted with --model only: "
+                        "name the model's folder")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise UserError(f"--min-pixels {min_pixels} is more than --max-pixels {max_pixels}")
     limits = Limits(images=MAX_IMAGES, check=check)
     if model:
-        limits = Limits(images=MAX_IMAGES, sequence=model_folder.longest(model), new_tokens=Rollout().max_new_tokens,
-                        advice="the model itself (max_position_embeddings)", check=check)
+        limits = Limits(images=MAX_IMAGES, sequence=model_folder.longest(model), new_tokens=max_new_tokens or Rollout().max_new_tokens,
+                        advice="the model itself (max_position_embeddings; or lower --max-new-tokens)", check=check)
     dataset = Dataset.open(name, registry, template=templates, limits=limits)
     processor = Processor(model, min_pixels=min_pixels, max_pixels=max_pixels) if model else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=len(dataset))
-        summary = check_dataset(dataset, processor, max_tokens=Data().max_prompt_tokens,
+        summary = check_dataset(dataset, processor, max_tokens=max_prompt_tokens or Data().max_prompt_tokens,
                                 on_progress=lambda done, total: bar.update(task, completed=done, total=total))
-    print_summary(summary)
+    print_summary(summary, counted=bool(model))
     dataset.close()
     return 2 if summary.bad else 0

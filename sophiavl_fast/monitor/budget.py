@@ -192,12 +192,13 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
     p, r, options = config.parallel, config.rollout, config.policy
     rows = [options.tokens_per_row >> i for i in range(options.tokens_per_row.bit_length()) if i == 0 or options.tokens_per_row >> i >= 512]
     processes = [world] if not device.cuda else [world * 2**i for i in range(7) if world * 2**i <= MOST_PROCESSES]
-    layouts = itertools.product(processes, (1, 2, 4, 8), (1, 2, 4, 8), {p.sequence, True})
+    layouts = itertools.product(processes, (1, 2, 4, 8), (1, 2, 4, 8), sorted({p.context, 1, 2, 4, 8}), {p.sequence, True})
     aside = {(options.offload_reference, options.offload_optimizer), *(((True, options.offload_optimizer), (True, True)) if device.cuda else ())}
     sleeps = {r.sleep, r.sleep or (device.cuda and not r.staleness and engine(config, sizes, device) > 0)}
     choices = itertools.product(layouts, {options.recompute, True}, sorted(aside), sorted(sleeps), rows)
-    for (count, t, s, sequence), recompute, (offload, state), sleep, tokens in choices:
-        wanted = {"parallel.tensor": (p.tensor, t), "parallel.pipeline": (p.pipeline, s), "parallel.sequence": (p.sequence, sequence),
+    for (count, t, s, c, sequence), recompute, (offload, state), sleep, tokens in choices:
+        wanted = {"parallel.tensor": (p.tensor, t), "parallel.pipeline": (p.pipeline, s), "parallel.context": (p.context, c),
+                  "parallel.sequence": (p.sequence, sequence),
                   "policy.recompute": (options.recompute, recompute), "policy.offload_reference": (options.offload_reference, offload),
                   "policy.offload_optimizer": (options.offload_optimizer, state), "rollout.sleep": (r.sleep, sleep),
                   "policy.tokens_per_row": (options.tokens_per_row, tokens)}
@@ -206,15 +207,15 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
             continue
         gpus = _gpus_apart(config, count, device)
         changes += [f"rollout.gpus=[{','.join(map(str, gpus))}]"] if gpus != r.gpus else []
-        data = p.data if p.data == count // (t * s * p.context) else None       # what the new layout contradicts goes, and is named
+        data = p.data if p.data == count // (t * s * c) else None       # what the new layout contradicts goes, and is named
         stages = p.stages if s == p.pipeline else None
         changes += [f"parallel.{key}=null" for key, old, new in (("data", p.data, data), ("stages", p.stages, stages)) if old != new]
         other = config.model_copy(update={
             "rollout": r.model_copy(update={"sleep": sleep, "gpus": gpus}),
-            "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "sequence": sequence, "data": data, "stages": stages}),
+            "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "context": c, "sequence": sequence, "data": data, "stages": stages}),
             "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "offload_optimizer": state, "tokens_per_row": tokens})})
         if _possible(other, sizes, count, device):
-            steps = abs(t.bit_length() - p.tensor.bit_length()) + 1.5 * abs(s.bit_length() - p.pipeline.bit_length())
+            steps = sum(weight * abs(new.bit_length() - old.bit_length()) for weight, old, new in ((1, p.tensor, t), (1.5, p.pipeline, s), (1, p.context, c)))
             shorter = options.tokens_per_row.bit_length() - tokens.bit_length()
             moved = 0.5 * (offload != options.offload_reference) + (state != options.offload_optimizer) + 0.8 * (sleep != r.sleep)
             cost = steps + 0.5 * (sequence != p.sequence) + (recompute != options.recompute) + moved + 0.6 * shorter

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,17 +13,21 @@ from sophiavl_fast.config import Config
 from sophiavl_fast.data.limits import Limits
 from sophiavl_fast.errors import UserError
 from sophiavl_fast.evaluate.records import refuse_unusable
+from sophiavl_fast.monitor.checks import Row
 from sophiavl_fast.monitor.loggers import refuse_missing_loggers
 from sophiavl_fast.rewards.thinking import open_judge
+from sophiavl_fast.rewards.thinking.endpoint import EndpointJudge
 from sophiavl_fast.rollout import identity, refuse_missing_engine
 from sophiavl_fast.rollout.arguments import max_model_len
 from sophiavl_fast.rollout.machine import refuse_foreign
 from sophiavl_fast.rollout.server import CLOSE_S, pick_port
 from sophiavl_fast.types import MAX_IMAGES
 
+UNSCORED = "thinking.on_error = drop: until it answers no response has a thinking score, which leaves plain GRPO"
+
 
 def refuse_absent(config: Config) -> None:
-    """UserError for a logger or vLLM that is not installed, a port that is taken, and, with thinking.on_error: fail, an endpoint that does not answer.
+    """UserError for a logger or vLLM that is not installed, a port that is taken, an endpoint that does not answer (with thinking.on_error: drop a warning).
 
     The first rank asks, once: at most one short request, and imports that come later anyway.
     """
@@ -34,9 +39,46 @@ def refuse_absent(config: Config) -> None:
     if not config.debug.replay:
         refuse_missing_engine(config)
         _refuse_taken_ports(config)
-    asks = config.thinking.backend == "endpoint" and config.thinking.on_error == "fail" and not config.thinking.serve
-    if asks and (judge := open_judge(config, torch.device("cpu"))):  # it asks the endpoint as it opens
+    if config.thinking.backend == "endpoint" and not config.thinking.serve:
+        _ask_judge(config)
+
+
+def _ask_judge(config: Config) -> None:
+    """Whether the endpoint answers and serves the model: with thinking.on_error: fail a UserError where it does not, with drop a warning."""
+    if silent := _silent_judge(config):
+        if config.thinking.on_error == "fail":
+            raise silent
+        print(f"sophiavl-fast: {silent}; the run goes on ({UNSCORED})", file=sys.stderr, flush=True)
+
+
+def judge_rows(config: Config) -> list[Row]:
+    """The doctor's row for a thinking reward model that is asked by URL."""
+    thinking = config.thinking
+    if config.recipe != "rl" or config.algorithm.name == "grpo" or thinking.backend != "endpoint" or thinking.serve:
+        return []
+    try:
+        silent = _silent_judge(config)
+    except UserError as error:           # its template or URL
+        return [Row("judge", "FAIL", str(error))]
+    if not silent:
+        return [Row("judge", "OK", f"'{thinking.model}' at {thinking.url}")]
+    strict = thinking.on_error == "fail"
+    return [Row("judge", "FAIL" if strict else "WARN", str(silent), f"start it, or set thinking.url{'' if strict else f'; {UNSCORED}'}")]
+
+
+def _silent_judge(config: Config) -> UserError | None:
+    """Why the endpoint cannot be asked now, if it cannot. Raises UserError for what no endpoint could mend."""
+    lenient = config.model_copy(update={"thinking": config.thinking.model_copy(update={"on_error": "drop"})})      # which opens without asking
+    judge = open_judge(lenient, torch.device("cpu"))
+    if not isinstance(judge, EndpointJudge):
+        return None
+    try:
+        judge.probe()
+    except UserError as error:
+        return error
+    finally:
         judge.close()
+    return None
 
 
 def refuse_other_models(config: Config) -> None:

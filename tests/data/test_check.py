@@ -127,3 +127,21 @@ def test_command_counts_what_a_run_would_end_at(store, model_folder, tmp_path, c
     assert main([*check, "--model", str(small)]) == 2
     out = capsys.readouterr().out
     assert "2 bad" in out and "much.jsonl:4: the prompt has" in out and "with 1024 new ones more than the 1324 of the model itself" in out
+
+
+def test_command_counts_by_the_runs_own_lengths(store, model_folder, tmp_path, capsys):
+    """Defaults would call a small model's every record too long, and pass prompts that a run with a lower limit refuses."""
+    store.add("short", [record(0), record(1, problem="x" * 300)])
+    small = shutil.copytree(model_folder, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1024
+    (small / "config.json").write_text(json.dumps(config))
+    check = ["data", "check", "short", "--registry", str(store.registry), "--templates", "plain"]
+    assert main([*check, "--model", str(small)]) == 2
+    out = capsys.readouterr().out
+    assert "2 bad" in out and "--max-new-tokens" in out and "not counted" not in out
+    assert main([*check, "--model", str(small), "--max-new-tokens", "32"]) == 0
+    assert main([*check, "--model", str(small), "--max-new-tokens", "32", "--max-prompt-tokens", "100"]) == 2
+    assert "1 bad" in capsys.readouterr().out
+    assert main([*check, "--max-prompt-tokens", "100"]) == 2
+    assert "counted with --model only" in capsys.readouterr().err

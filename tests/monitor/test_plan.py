@@ -331,6 +331,18 @@ def test_advice_is_never_a_layout_that_cannot_run(published):
         assert 4 % other.parallel.tensor == 0 and 28 % other.parallel.pipeline == 0   # key heads, layers
 
 
+def test_context_parallelism_is_advised_where_responses_are_what_does_not_fit(published):
+    overrides = [f"model.path={published('qwen2_5_vl_7b')}", "thinking.backend=off", "rollout.engine=server", "rollout.max_new_tokens=32768", "rollout.n=16",
+                 "rollout.sleep=false", "rollout.urls=[" + ",".join(f"http://10.0.0.{i}:8000" for i in range(8)) + "]"]
+    read = lambda *more: load(ROOT / "configs" / "trust_grpo_qwen2_5_vl_7b.yaml", [*overrides, *more], world_size=8)
+    config = read()
+    with pytest.raises(UserError, match="does not fit"):
+        budget.require(config, 8, gpu(80))
+    changes = budget.advice(config, shapes.read(config.model.path), 8, gpu(80)).split(" would fit")[0].split()
+    assert "parallel.context=2" in changes
+    budget.require(read(*changes), 8, gpu(80))
+
+
 def test_advice_leaves_the_engines_their_own_gpus(published, monkeypatch):
     """rollout.gpus = [2, 3] are the trainer's on 4 processes, as train says: they move behind, and where a node has none there, no such advice is given."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -3,6 +3,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import socket
 import time
@@ -206,6 +207,34 @@ def test_each_lead_asks_its_own_servers(monkeypatch, parallel, processes, leads)
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert preflight.own_urls(config) == (config.rollout.urls[leads[rank]::len(leads)] if rank in leads else [])
+
+
+def test_an_endpoint_that_does_not_answer_is_told_of_where_its_scores_may_be_dropped(start, capsys):
+    asked = ("thinking.backend=endpoint", "thinking.model=jury", "thinking.on_error=drop")
+    with judge_server(honest) as server:
+        for url, cause in (("http://127.0.0.1:9/v1", "endpoint down"), (server.url, "is not served at")):
+            with pytest.raises(Loaded):
+                start(*asked, f"thinking.url={url}")
+            assert re.search(rf"^sophiavl-fast: thinking.*{cause}.*; the run goes on .* which leaves plain GRPO\)$", capsys.readouterr().err, re.M)
+        with pytest.raises(Loaded):
+            start(*asked, f"thinking.url={server.url}", "thinking.model=judge")
+        with pytest.raises(Loaded):
+            start(*asked, "thinking.url=http://127.0.0.1:9/v1", "algorithm.name=grpo")      # asks for no scores
+        assert "plain GRPO" not in capsys.readouterr().err
+
+
+def test_the_doctors_judge():
+    def row(**thinking):
+        found = preflight.judge_rows(tree.build({"recipe": "rl", "thinking": {"backend": "endpoint", "model": "judge"} | thinking}))
+        return [(r.status, r.found) for r in found]
+
+    with judge_server(honest) as server:
+        assert row(url=server.url) == [("OK", f"'judge' at {server.url}")]
+        [(status, found)] = row(url=server.url, model="jury")
+        assert status == "WARN" and "is not served at" in found
+    dead = "http://127.0.0.1:9/v1"
+    assert row(url=dead)[0][0] == "WARN" and row(url=dead, on_error="fail")[0][0] == row(url="nowhere")[0][0] == "FAIL"
+    assert row(url=dead, serve=True, path="x") == row(backend="off") == []
 
 
 def test_an_endpoint_that_does_not_answer(start):

@@ -4,7 +4,8 @@ set -euo pipefail
 usage="usage: scripts/train_node.sh [--dry-run] CONFIG [a.b=value ...]
   GPUS    trainer processes (default: all GPUs of the node)
   PYTHON  interpreter (default: the active environment's, else of .venv-cuda (beside a GPU) or .venv of this checkout)
-Half the node for the trainer, half for engines:  GPUS=4 scripts/train_node.sh CONFIG rollout.engines=4 'rollout.gpus=[4,5,6,7]'"
+Half the node for the trainer, half for engines:  GPUS=4 scripts/train_node.sh CONFIG rollout.engines=4 'rollout.gpus=[4,5,6,7]' \\
+  rollout.gpu_memory_utilization=0.9"
 here=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=scripts/common.sh
 source "$here/scripts/common.sh"

@@ -23,7 +23,7 @@ def kind(annotation: Any) -> str:
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
     if getattr(get_origin(annotation), "__name__", "") in ("list", "dict"):
-        return str(annotation).replace("|", "or")
+        return str(annotation).replace(" | ", " or ")
     return (" \\| " if "Literal" in str(get_origin(annotation)) else " or ").join(kind(a) if not isinstance(a, str) else a for a in get_args(annotation))
 
 
@@ -43,7 +43,8 @@ def _table(node: type[BaseModel], prefix: str, sections: bool = True) -> list[st
             continue
         default = "null" if field.default is None else str(field.default).lower() if isinstance(field.default, bool) else field.default
         default = default if default != "" else '""'
-        rows.append(f"| `{prefix}{name}` | {kind(field.annotation)} | `{default}` | {' '.join((field.description or '').split())} |")
+        what = " ".join((field.description or "").split()).replace("|", "\\|")
+        rows.append(f"| `{prefix}{name}` | {kind(field.annotation)} | `{default}` | {what} |")
     return rows
 
 

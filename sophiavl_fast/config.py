@@ -88,6 +88,7 @@ class Rollout(Node):
     prompts_per_step: int = 8
     """Prompts a rollout step, over all replicas."""
     max_new_tokens: int = 1024
+    """Longest response, in tokens; one that is cut there counts in response/truncated."""
     temperature: float = 1.0
     """Enters the sampler and the ratio alike; at least 0.01, since vLLM samples no colder."""
     resample: int = 0
@@ -106,9 +107,13 @@ class Rollout(Node):
     checksum: bool = False
     """Compare a checksum of every tensor after each transfer."""
     start_timeout_s: float = 300.0
+    """Deadline of an engine's start, and of the judge's that the run serves."""
     request_timeout_s: float = 600.0
+    """Deadline of the answers to one prompt; an engine that misses it is lost."""
     transfer_timeout_s: float = 120.0
+    """Deadline of each step of a weight transfer; an engine that misses it is lost."""
     max_num_seqs: int = 256
+    """Sequences that an engine works on at once; others wait in its queue."""
     max_model_len: int | None = None
     """Longest prompt plus response that the engine holds; null: data.max_prompt_tokens + rollout.max_new_tokens, at most the model's own limit."""
     gpu_memory_utilization: float = 0.4
@@ -130,16 +135,23 @@ class Algorithm(Node):
     kl_coef: float = 0.04
     """Weight of the KL term to the frozen reference; 0 holds no reference at all."""
     kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL (Schulman): with r the log-prob of policy minus reference, k1 = r, k2 = r^2 / 2, k3 = exp(-r) - 1 + r."""
     clip_low: float = 0.2
+    """The ratio is clipped below 1 - this."""
     clip_high: float = 0.2
+    """The ratio is clipped above 1 + this."""
     dual_clip: float | None = None
+    """Bound of the loss for negative advantages, as a multiple of the advantage; above 1, null: none."""
     pre_clip: float | None = 10.0
     """Clamp of the log-ratio to +-this before exp; null: none."""
     variant: Literal["ppo", "cispo"] = "ppo"
+    """ppo: the clipped ratio; cispo: the gradient of the log-prob, weighted by the clipped ratio as a constant."""
     ratio: Literal["token", "sequence"] = "token"
+    """token: each token's own; sequence: the response's geometric mean for all of its tokens (GSPO)."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
     """Denominator of the loss, always global: tokens of the step, responses (mean per response first), or responses x rollout.max_new_tokens."""
     entropy_coef: float = 0.0
+    """Weight of an entropy bonus; 0: none."""
     normalize: Literal["std", "mean", "batch", "none"] = "std"
     """Advantage: (r - mean) / std of the group; r - mean; batch-wide whitening; or r."""
     sigma_filter: float | None = None
@@ -156,8 +168,13 @@ class Algorithm(Node):
 
 class Trust(Node):
     mode: Literal["paper", "repo", "variance", "off"] = "paper"
+    """gamma of a response: paper: exp(min(0, mean score of the group's right - of its wrong answers)), 1 where a side is empty; repo: the public
+    code's (outcomes below 0.2 count as unsound unasked, no thinking term in groups all >= 0.9 or all <= 0.1, 1 where no answer is right);
+    variance: exp(-variance of the response's thinking.samples); off: 1."""
     alpha: float = 0.3
+    """Weight of the thinking term before trust and annealing."""
     anneal: Literal["exp", "linear", "none"] = "exp"
+    """Factor of the thinking term after s rollout steps: exp: exp(-s/T); linear: from 1 down to exp(-1) at T, where it stays; none: 1."""
     anneal_steps: float | None = None
     """T of the annealing; null: run.steps."""
     uniform_groups: Literal["score", "center", "skip"] = "score"
@@ -168,6 +185,7 @@ class Trust(Node):
 
 class Thinking(Node):
     backend: Literal["off", "local", "endpoint"] = "off"
+    """off: no thinking reward; local: the judge of thinking.path in the trainer's process; endpoint: by HTTP, at thinking.url or served by the run."""
     path: str = ""
     """Folder of the thinking reward model (backend local, or endpoint with serve)."""
     url: str = ""
@@ -194,11 +212,13 @@ class Thinking(Node):
     samples: int = 1
     """Scores a response; trust.mode variance wants 3."""
     concurrency: int = 32
+    """Calls under way at once."""
     timeout_s: float = 60.0
     """Deadline of one call."""
     batch_timeout_s: float = 300.0
     """Deadline of one step's scoring."""
     retries: int = 3
+    """Times that a call is made again after an error that may pass."""
     cache: str = ""
     """File that keeps scores by content over restarts and runs (backend endpoint); "" for none."""
     include_answer: bool = False
@@ -222,23 +242,35 @@ class Rewards(Node):
     timeout_s: float = 10.0
     """A grader is killed after this long for one answer; the answer then counts as unreadable (0, counted in reward/grader_killed and eval/grader_killed)."""
     memory_mb: int = 2048
+    """Address space of a grader process, in MB; one that wants more is ended, as after timeout_s."""
 
 
 class Optim(Node):
     lr: float = 5e-7
+    """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
+    """Decoupled, of matrices only; biases and norms have none."""
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.999
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: float = 1.0
+    """Largest global norm of the gradient; 0: none."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: constant, or down to min_lr at the last update along a cosine or a line."""
     warmup_steps: int = 0
+    """Optimizer updates of a linear warm-up; an rl run makes run.steps x algorithm.mini_batches x algorithm.epochs in all."""
     min_lr: float = 0.0
+    """Where cosine and linear end."""
 
 
 class Parallel(Node):
     tensor: int = 1
+    """Ranks that share each layer's matrices; divides the attention and key-value heads."""
     pipeline: int = 1
+    """Stages that the layers are cut into."""
     stages: list[int] | None = None
     """Layers of each pipeline stage; null: equal shares. The first stage also holds the vision tower, and DeepStack's layers (Qwen3-VL)."""
     data: int | None = None
@@ -313,9 +345,13 @@ class Checkpoint(Node):
 
 class Monitor(Node):
     tensorboard: bool = True
+    """Write TensorBoard's events into the run's folder."""
     wandb: bool = False
+    """Log to Weights & Biases, which must be installed and know a key."""
     trackio: bool = False
+    """Log to Trackio, which must be installed."""
     progress: bool = True
+    """Draw the live view in a terminal; elsewhere each step is a line."""
     samples: bool = True
     """Write samples.jsonl."""
 
@@ -340,7 +376,9 @@ class Config(Node):
     """The whole tree. `recipe` names the loop in sophiavl_fast/recipes that runs it."""
 
     recipe: Literal["rl", "sft"] = "rl"
+    """rl: Trust-GRPO and its relatives; sft: fine-tuning on traces, or on scores for a judge."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where torch sees one, else the CPU."""
     run: Run = Run()
     model: Model = Model()
     data: Data = Data()

@@ -215,7 +215,7 @@ def _neighbours(config: Config, sizes: Sizes, world: int, device: Device) -> Ite
             "parallel": p.model_copy(update={"tensor": t, "pipeline": s, "context": c, "sequence": sequence, "data": data, "stages": stages}),
             "policy": options.model_copy(update={"recompute": recompute, "offload_reference": offload, "offload_optimizer": state, "tokens_per_row": tokens})})
         if _possible(other, sizes, count, device):
-            steps = sum(weight * abs(new.bit_length() - old.bit_length()) for weight, old, new in ((1, p.tensor, t), (1.5, p.pipeline, s), (1, p.context, c)))
+            steps = sum(weight * abs(new.bit_length() - old.bit_length()) for weight, old, new in ((1, p.tensor, t), (1.5, p.pipeline, s), (1.2, p.context, c)))
             shorter = options.tokens_per_row.bit_length() - tokens.bit_length()
             moved = 0.5 * (offload != options.offload_reference) + (state != options.offload_optimizer) + 0.8 * (sleep != r.sleep)
             cost = steps + 0.5 * (sequence != p.sequence) + (recompute != options.recompute) + moved + 0.6 * shorter

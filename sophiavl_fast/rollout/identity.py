@@ -55,8 +55,9 @@ def refuse_other(config: Config, control: HttpControl) -> None:
 
 def _refuse_tunnel(config: Config, url: str, machine: dict[str, str]) -> None:
     """UserError for a tunnel's end without the way back: the engine would look for the weights on its own machine, until the transfer's deadline."""
-    here = this_machine()
-    if config.rollout.transfer_host or not all(m.get("loopback", "").strip() for m in (machine, here)) or machine["loopback"] == here["loopback"]:
+    here, rollout = this_machine(), config.rollout
+    told = all(m.get("loopback", "").strip() for m in (machine, here))
+    if rollout.transfer_host or rollout.transfer == "ipc" or not told or machine["loopback"] == here["loopback"]:    # ipc passes handles, with the requests
         return
     if ip_address(own_address(url)).is_loopback:
         raise UserError(f"rollout.urls: '{url}' is a tunnel to the engine's machine ({machine['name']}), and weights go from there to here directly; set "
